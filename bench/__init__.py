@@ -1,0 +1,1 @@
+"""From raw latencies to figures that can be trusted: the workload, its orchestration and its statistics."""

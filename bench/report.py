@@ -1,0 +1,127 @@
+"""Tables for people: aligned columns, units in headers, one line per cell including those that could not run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Row = Sequence[str]
+ABSENT = "-"
+
+
+def align(header: Row, rows: Sequence[Row], left: int = 2) -> str:
+    """Return an aligned table; the first *left* columns and the last one are flush left, numbers flush right."""
+    widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
+
+    def line(cells: Row) -> str:
+        last = len(cells) - 1
+        shown = [
+            cell.ljust(width) if i < left or i == last else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        ]
+        return "  ".join(shown).rstrip()
+
+    return "\n".join(line(cells) for cells in [header, *rows])
+
+
+def export_table(results: Sequence[Mapping[str, Any]]) -> str:
+    """Return the table of ``export`` and ``verify``."""
+    header = ["backend", "precision", "outcome", "size MB", "SQNR dB", "worst dB", "agree %", "n", "int MACs %", "top-1 %", "note"]
+    rows = []
+    for r in results:
+        parity, top1 = r.get("parity"), r.get("eval")
+        arithmetic = r.get("arithmetic") or {}
+        rows.append(
+            [
+                r["backend"],
+                r["precision"],
+                r["outcome"],
+                _megabytes(r["size_bytes"]),
+                _number(parity and parity["sqnr_db"], 1),
+                _number(parity and parity["worst_sqnr_db"], 1),
+                _percent(parity and parity["agreement"]),
+                str(parity["n"]) if parity else ABSENT,
+                _percent(arithmetic.get("integer_macs_share"), 0),
+                f"{top1['value']:.1%} of {top1['reference']:.1%}" if top1 else ABSENT,
+                _note(r),
+            ]
+        )
+    return align(header, rows) + _samples_line(results)
+
+
+def bench_table(results: Sequence[Mapping[str, Any]]) -> str:
+    """Return the table of ``bench``; *results* may hold failed cells and, for the demo, cells that never ran."""
+    header = [
+        "backend", "precision", "outcome", "size MB", "P50 ms", "P95 ms", "P99 ms", "n", "P50 95 % CI ms",
+        "peak MB", "agree %", "SQNR dB", "note",
+    ]  # fmt: skip
+    rows = []
+    for r in results:
+        latency = r.get("latency") or {}
+        interval = (latency.get("ci") or {}).get("p50_ns")
+        parity, memory = r.get("parity"), r.get("memory")
+        rows.append(
+            [
+                r["backend"],
+                r["precision"],
+                r["outcome"],
+                _megabytes(r["size_bytes"]),
+                *(_number(_ms(latency.get(key)), 2) for key in ("p50_ns", "p95_ns", "p99_ns")),
+                f"{latency['n']}/{latency['processes']}p" if latency else ABSENT,
+                f"{interval[0] / 1e6:.2f}-{interval[1] / 1e6:.2f}" if interval else ABSENT,
+                _megabytes(memory and memory["peak_bytes"]),
+                _percent(parity and parity["agreement"]),
+                _number(parity and parity["sqnr_db"], 1),
+                _note(r),
+            ]
+        )
+    return align(header, rows) + _samples_line(results)
+
+
+def _samples_line(results: Sequence[Mapping[str, Any]]) -> str:
+    """Say what parity was measured on, and agreement on confident samples where there is one."""
+    parities = [(f"{r['backend']}:{r['precision']}", r["parity"]) for r in results if r.get("parity")]
+    if not parities:
+        return ""
+    first = parities[0][1]
+    text = f"\n\nparity against the source model in float32 on {first['n']} {first['samples']} samples"
+    sure = [(name, p["agreement_margin"]) for name, p in parities if p.get("agreement_margin")]
+    if sure:
+        margin, n = sure[0][1]["margin"], sure[0][1]["n"]
+        shares = ", ".join(f"{name} {m['agreement']:.1%}" for name, m in sure)
+        text += f"\nagreement where the source's top-1 margin is at least {margin} (n={n}): {shares}"
+    return text
+
+
+def doctor_table(backends: Sequence[Mapping[str, Any]], targets: Sequence[Mapping[str, Any]]) -> str:
+    rows = []
+    for b in backends:
+        for role in ("export", "run"):
+            found = b[role]
+            state = f"yes ({found['version']})" if found["available"] else "no"
+            note = "" if found["available"] else f"{found['reason']}; fix: {found['fix']}"
+            rows.append([b["name"], role, state, ", ".join(b["precisions"]), note])
+    text = align(["backend", "role", "available", "precisions", "note"], rows, left=4)
+    return text + "\n\n" + align(["target", "description"], [[t["name"], t["description"]] for t in targets])
+
+
+def _note(result: Mapping[str, Any]) -> str:
+    if result["reason"]:
+        return f"{result['reason']}; fix: {result['fix']}" if result["fix"] else str(result["reason"])
+    return "; ".join(result.get("warnings") or [])
+
+
+def _ms(nanoseconds: float | None) -> float | None:
+    return None if nanoseconds is None else nanoseconds / 1e6
+
+
+def _megabytes(size: float | None) -> str:
+    return ABSENT if size is None else f"{size / 1e6:.2f}"
+
+
+def _number(value: float | None, digits: int) -> str:
+    return ABSENT if value is None else f"{value:.{digits}f}"
+
+
+def _percent(share: float | None, digits: int = 1) -> str:
+    return ABSENT if share is None else f"{share * 100:.{digits}f}"

@@ -1,0 +1,1 @@
+"""Data sources, and what running a model over them teaches: histograms, ranges, the calibration table."""

@@ -1,0 +1,174 @@
+"""The flatbuffer side of the tflite backend: names, tap points, quantization from given ranges, integer census."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Tuple
+
+from portcall.targets.agent.contract import Census, Ranges, Source
+from portcall.targets.agent.errors import CellFailed, UnsupportedError
+
+COMPUTE_OPS = ("CONV_2D", "DEPTHWISE_CONV_2D", "TRANSPOSE_CONV", "CONV_3D", "FULLY_CONNECTED", "BATCH_MATMUL")
+
+
+def _read(flatbuffer: bytes) -> Any:
+    """Return the object model, with buffers stored outside the flatbuffer brought inside."""
+    import numpy as np
+    from ai_edge_litert.tools.flatbuffer_utils import read_model_from_bytearray
+
+    model = read_model_from_bytearray(bytearray(flatbuffer))
+    for buffer in model.buffers:
+        if buffer.data is not None:
+            buffer.data = np.frombuffer(bytes(buffer.data), dtype=np.uint8)
+    return model
+
+
+def _write(model: Any) -> bytes:
+    """Pack with the 16-byte alignment of buffers that the schema asks for (``force_align: 16``).
+
+    The generated Python code forgets it, and TFLite-Micro reads weights in place.
+    """
+    import flatbuffers
+
+    class AlignedBuilder(flatbuffers.Builder):  # type: ignore[misc]  # flatbuffers ships no types
+        def StartVector(self, elemSize: int, numElems: int, alignment: int) -> Any:  # noqa: N802, N803
+            return super().StartVector(elemSize, numElems, 16 if elemSize == 1 else alignment)
+
+    builder = AlignedBuilder(1 << 20)
+    builder.Finish(model.Pack(builder), file_identifier=b"TFL3")
+    return bytes(builder.Output())
+
+
+def with_source_names(flatbuffer: bytes, source: Source) -> bytes:
+    """Return the flatbuffer with one signature whose inputs and outputs carry the source's names.
+
+    The converter numbers them (args_0, output_0); its order is that of the exported program.
+    """
+    model = _read(flatbuffer)
+    signature, graph = model.signatureDefs[0], model.subgraphs[0]
+    by_index = {m.tensorIndex: m for m in signature.inputs}
+    if len(by_index) != len(source.inputs) or len(signature.outputs) != len(source.outputs):
+        raise UnsupportedError(
+            f"the converter kept {len(by_index)} of {len(source.inputs)} inputs and {len(signature.outputs)} of "
+            f"{len(source.outputs)} outputs",
+            "Remove unused inputs and repeated outputs from the model",
+        )
+    for index, spec in zip(graph.inputs, source.inputs):
+        by_index[index].name = spec.name.encode()
+    outputs = {m.tensorIndex: m for m in signature.outputs}
+    if len(outputs) != len(source.outputs):
+        raise UnsupportedError("two outputs are the same tensor", "Return each tensor once")
+    for index, spec in zip(graph.outputs, source.outputs):
+        outputs[index].name = spec.name.encode()
+    return _write(model)
+
+
+def tapped_tensors(path: Path) -> Dict[int, str]:
+    """Return the float activations of the primary subgraph: tensor index -> name.
+
+    Constants are left out: the quantizer takes weights from the file itself.
+    """
+    from ai_edge_litert.schema_py_generated import TensorType
+
+    graph = _read(path.read_bytes()).subgraphs[0]
+    indices = [*graph.inputs, *(o for op in graph.operators for o in op.outputs)]
+    tensors = {i: graph.tensors[i] for i in indices if graph.tensors[i].type == TensorType.FLOAT32}
+    return {i: t.name.decode() for i, t in tensors.items()}
+
+
+def quantize(path: Path, precision: str, ranges: Optional[Ranges]) -> bytes:
+    """Return the float flatbuffer at *path* quantized; float inputs and outputs stay float.
+
+    Static recipes take *ranges* as they are: ai-edge-quantizer's own calibration is a moving average that clips.
+    """
+    import numpy as np
+    from ai_edge_quantizer import qtyping, quantizer, recipe
+    from ai_edge_quantizer.algorithm_manager import AlgorithmName
+
+    work = quantizer.Quantizer(str(path))
+    everything = qtyping.TFLOperationName.ALL_SUPPORTED
+    calibration: Optional[Dict[str, Any]] = None
+    if precision == "fp16":
+        weights = qtyping.TensorQuantizationConfig(num_bits=16, dtype=qtyping.TensorDataType.FLOAT)
+        config = qtyping.OpQuantizationConfig(
+            weight_tensor_config=weights, compute_precision=qtyping.ComputePrecision.FLOAT, explicit_dequantize=True
+        )
+        work.update_quantization_recipe(".*", everything, config, AlgorithmName.FLOAT_CASTING)
+    elif precision == "int8-dynamic":
+        work.load_quantization_recipe(recipe.dynamic_wi8_afp32())
+    else:
+        assert ranges is not None
+        work.load_quantization_recipe(recipe.static_wi8_ai8() if precision == "int8" else recipe.static_wi8_ai16())
+        for end in (qtyping.TFLOperationName.INPUT, qtyping.TFLOperationName.OUTPUT):
+            work.update_quantization_recipe(".*", end, algorithm_key=AlgorithmName.NO_QUANTIZE)
+        graph = _read(path.read_bytes()).subgraphs[0]
+        calibration = {}
+        for index, name in tapped_tensors(path).items():
+            if name not in ranges:
+                raise CellFailed(f"the calibration table lacks tensor {name!r}", "Calibrate again: --for tflite")
+            shape = (1,) * len(graph.tensors[index].shape)
+            calibration[name] = {
+                "min": np.full(shape, ranges[name].minimum, np.float32),
+                "max": np.full(shape, ranges[name].maximum, np.float32),
+            }
+    result = work.quantize(calibration, enable_progress_report=False)
+    return _write(_read(bytes(result.quantized_model)))
+
+
+def signature_shapes(path: Path) -> Dict[str, Tuple[int, ...]]:
+    """Return the shape of every named input and output."""
+    model = _read(path.read_bytes())
+    tensors = model.subgraphs[0].tensors
+    maps = [*model.signatureDefs[0].inputs, *model.signatureDefs[0].outputs]
+    return {m.name.decode(): tuple(int(d) for d in tensors[m.tensorIndex].shape) for m in maps}
+
+
+def census(path: Path) -> Census:
+    """Count integer arithmetic: an operator computes on integers if its weights and activations are integers, or
+    if its weights are integers and it quantizes its activations at run time (hybrid).
+    """
+    from ai_edge_litert.schema_py_generated import BuiltinOperator, TensorType
+
+    names = {v: k for k, v in vars(BuiltinOperator).items() if isinstance(v, int)}
+    model = _read(path.read_bytes())
+    total = integer = quantize = 0
+    floats: List[str] = []
+    for graph in model.subgraphs:
+        for op in graph.operators:
+            code = model.operatorCodes[op.opcodeIndex]
+            name = names[max(code.builtinCode, code.deprecatedBuiltinCode)]
+            tensors = [graph.tensors[i] for i in op.inputs if i >= 0]
+            output = graph.tensors[op.outputs[0]]
+            if name in ("QUANTIZE", "DEQUANTIZE"):
+                # A DEQUANTIZE of float16 weights is storage, not integer arithmetic.
+                quantize += not any(t.type == TensorType.FLOAT16 for t in tensors)
+            if name not in COMPUTE_OPS:
+                continue
+            weight = tensors[1]
+            macs = _macs(name, [tuple(t.shape) for t in tensors], tuple(output.shape))
+            total += macs
+            if weight.type in (TensorType.INT8, TensorType.INT4, TensorType.UINT8):
+                quantize += 1
+                integer += macs
+            else:
+                floats.append(output.name.decode())
+    return Census(quantize, total, integer, tuple(floats), "operator types of the flatbuffer")
+
+
+def _macs(name: str, shapes: List[Tuple[int, ...]], output: Tuple[int, ...]) -> int:
+    """Multiply-accumulates of one operator; weights are [out, *kernel, in], depthwise [1, *kernel, out]."""
+    weight = shapes[1]
+    if name == "TRANSPOSE_CONV":  # inputs: output shape, weights, activations
+        elements, per_element = shapes[2], (*weight[1:-1], weight[0])
+    elif name == "DEPTHWISE_CONV_2D":
+        elements, per_element = output, weight[1:-1]
+    elif name == "CONV_3D":
+        elements, per_element = output, weight[:-1]
+    elif name == "BATCH_MATMUL":
+        elements, per_element = output, shapes[0][-1:]
+    else:
+        elements, per_element = output, weight[1:]
+    result = 1
+    for dim in (*elements, *per_element):
+        result *= int(dim)
+    return result

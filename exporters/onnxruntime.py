@@ -1,0 +1,185 @@
+"""ONNX Runtime on the CPU: fp32, fp16 (storage), int8-dynamic and static int8 as Q/DQ."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Dict, Iterator, Mapping, Optional, Tuple, Union
+
+from portcall.targets.agent.contract import (
+    Artifact,
+    Available,
+    Backend,
+    Capabilities,
+    Census,
+    Exported,
+    Graph,
+    Precision,
+    Ranges,
+    Recipe,
+    Session,
+    Source,
+    TensorSpec,
+    Unavailable,
+    Workload,
+)
+from portcall.targets.agent.probing import probe_modules
+
+DTYPES = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(double)": "float64",
+    "tensor(bool)": "bool",
+    **{f"tensor({t})": t for t in ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")},
+}
+
+
+def probe(role: str) -> Union[Available, Unavailable]:
+    return probe_modules("onnxruntime", ["onnxruntime"] if role == "run" else ["onnxruntime", "onnx"])
+
+
+def lower(source: Source, directory: Path) -> Graph:
+    from portcall.exporters import _onnx
+
+    return _onnx.lower(source, directory)
+
+
+def export(graph: Graph, recipe: Recipe, ranges: Optional[Ranges], directory: Path) -> Exported:
+    import onnx
+    import onnxruntime as ort
+
+    from portcall.exporters import _onnx, _qdq
+
+    path = directory / "model.onnx"
+    notes: Tuple[str, ...] = ()
+    if recipe.precision == "int8":
+        assert ranges is not None
+        files = _qdq.quantize(graph, ranges, path)
+    elif recipe.precision == "int8-dynamic":
+        files = _quantize_dynamic(graph, path)
+    elif recipe.precision == "fp16":
+        from onnxruntime.transformers.float16 import convert_float_to_float16
+
+        model = convert_float_to_float16(onnx.load(str(graph.path)), keep_io_types=True, disable_shape_infer=True)
+        files = _onnx.save(model, path)
+        notes = ("fp16 is storage: the CPU computes in float32 on weights rounded to fp16",)
+    else:
+        files = _onnx.save(onnx.load(str(graph.path)), path)
+    inputs, outputs = _onnx.bound_tensors(graph)
+    versions = {"onnxruntime": str(ort.__version__), "onnx": str(onnx.__version__)}
+    return Exported(path.name, files, inputs, outputs, versions, notes)
+
+
+def _quantize_dynamic(graph: Graph, path: Path) -> Tuple[str, ...]:
+    """Quantize weights to uint8 and activations at run time (the CPU has no fast int8 ConvInteger)."""
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    from portcall.exporters import _onnx
+
+    model = onnx.load(str(graph.path))
+    large = model.ByteSize() > _onnx.EXTERNAL_ABOVE_BYTES
+    raw = path.with_name("dynamic.onnx")
+    quantize_dynamic(model, str(raw), weight_type=QuantType.QUInt8, use_external_data_format=large)
+    quantized = onnx.load(str(raw))
+    for file in (raw, raw.with_name(raw.name + ".data")):
+        if file.exists():
+            file.unlink()
+    del quantized.graph.value_info[:]
+    return _onnx.save(quantized, path)
+
+
+def census(artifact: Artifact, shapes: Mapping[str, Tuple[int, ...]]) -> Census:
+    from portcall.exporters import _onnx
+
+    return _onnx.census(artifact.path, shapes)
+
+
+class OnnxRuntimeSession(Session):
+    """An InferenceSession with inputs and outputs bound once, so that ``infer`` copies nothing in Python."""
+
+    def __init__(self, path: Path, threads: int) -> None:
+        import onnxruntime as ort
+
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        spinning = threads > 1
+        options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
+        options.log_severity_level = 3
+        self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self._binding: Any = None
+        self.inputs = tuple(_spec(v) for v in self._session.get_inputs())
+        self.outputs = tuple(_spec(v) for v in self._session.get_outputs())
+        self.environment = {
+            "runtime": f"onnxruntime {ort.__version__}",
+            "providers": self._session.get_providers(),
+            "threads": threads,
+            "spinning": spinning,
+        }
+
+    def set_inputs(self, arrays: Mapping[str, Any]) -> None:
+        import onnxruntime as ort
+
+        self._binding = self._session.io_binding()
+        self._held = {k: ort.OrtValue.ortvalue_from_numpy(v) for k, v in arrays.items()}
+        for name, value in self._held.items():
+            self._binding.bind_ortvalue_input(name, value)
+        for spec in self.outputs:
+            self._binding.bind_output(spec.name)
+
+    def infer(self) -> None:
+        self._session.run_with_iobinding(self._binding)
+
+    def get_outputs(self) -> Dict[str, Any]:
+        values = self._binding.copy_outputs_to_cpu()
+        return {spec.name: value.copy() for spec, value in zip(self.outputs, values)}
+
+
+def _spec(value: Any) -> TensorSpec:
+    shape = tuple(d if isinstance(d, int) else str(d or f"dim_{i}") for i, d in enumerate(value.shape))
+    return TensorSpec(value.name, shape, DTYPES.get(value.type, value.type))
+
+
+@contextmanager
+def load(artifact: Artifact, workload: Workload) -> Iterator[Session]:
+    yield OnnxRuntimeSession(artifact.path, workload.threads)
+
+
+EXAMPLE = '''"""Run this artifact with ONNX Runtime alone: pip install onnxruntime numpy"""
+import pathlib
+
+import numpy
+import onnxruntime
+
+here = pathlib.Path(__file__).parent
+session = onnxruntime.InferenceSession(str(here / "@ENTRY@"), providers=["CPUExecutionProvider"])
+samples = numpy.load(here / "samples.npz")
+feeds = {i.name: samples[i.name][0] for i in session.get_inputs()}
+for output, value in zip(session.get_outputs(), session.run(None, feeds)):
+    reference = samples["reference/" + output.name][0]
+    print(output.name, value.shape, "largest difference from the source model:", abs(value - reference).max())
+'''
+
+BACKEND = Backend(
+    name="onnxruntime",
+    graph="onnx",
+    capabilities=Capabilities(
+        source_formats=("onnx", "pt2", "torch"),
+        precisions={
+            "fp32": Precision("float32"),
+            "fp16": Precision("storage: fp16 on disk, float32 arithmetic"),
+            "int8-dynamic": Precision("uint8 weights, activations quantized at run time", integer=True),
+            "int8": Precision(
+                "Q/DQ: uint8 asymmetric activations, int8 per-channel weights", calibrated=True, integer=True
+            ),
+        },
+        suffixes=(".onnx",),
+    ),
+    probe=probe,
+    lower=lower,
+    export=export,
+    load=load,
+    census=census,
+    example=EXAMPLE,
+)

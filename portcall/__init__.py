@@ -1,0 +1,23 @@
+"""portcall: port one model to every device format, prove that it still computes the same, and measure what it costs.
+
+The verbs (``export``, ``verify``, ``benchmark``, ``calibrate``, ``doctor``, ``load``) are loaded when they are first used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from portcall.api import benchmark, calibrate, doctor, export, load, verify
+
+__all__ = ["__version__", "benchmark", "calibrate", "doctor", "export", "load", "verify"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        import portcall.api
+
+        return getattr(portcall.api, name)
+    raise AttributeError(f"module 'portcall' has no attribute {name!r}")

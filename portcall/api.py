@@ -1,0 +1,216 @@
+"""The verbs as functions: each equals the command of its name, prints nothing and returns what ``--json`` prints.
+
+``bench`` is called ``benchmark`` here, since ``portcall.bench`` is the package that does it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from portcall import artifact as artifacts
+from portcall.bench.run import run_bench
+from portcall.calibration.table import CalibrationTable
+from portcall.core import Artifact, BadInput, PortcallError, Workload, parse_cells
+from portcall.exporters import backend_names, get_backend
+from portcall.pipeline import ExportPlan, run_export
+from portcall.progress import Reporter
+from portcall.targets import get_target, target_names
+from portcall.targets.agent.contract import Session
+from portcall.verification import run_verify
+from portcall.workspace import DataArgument, lower, observe, open_source, open_workspace, read_data, with_data_shapes
+
+SCHEMA = 1
+TIMEOUT_S = 1800.0
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def _data(spec: str | Path | None, preprocess: str | None) -> DataArgument | None:
+    return None if spec is None else DataArgument(str(spec), preprocess)
+
+
+def export(
+    model: str | Path,
+    to: str | Sequence[str],
+    output: str | Path,
+    *,
+    data: str | Path | None = None,
+    evaluation: str | Path | None = None,
+    table: str | Path | None = None,
+    method: str = "minmax",
+    preprocess: str | None = None,
+    shapes: Shapes | None = None,
+    timeout_s: float = TIMEOUT_S,
+    reporter: Reporter | None = None,
+) -> dict[str, Any]:
+    """Export *model* to every ``BACKEND:PRECISION`` in *to*, verify each, and leave artifacts in *output*.
+
+    Returns {"schema", "results": [...]}; a cell that could not be exported holds its reason and fix. Raises
+    BadInput where nothing could be run at all.
+    """
+    output = Path(output)
+    plan = ExportPlan(
+        model=str(model),
+        cells=parse_cells([to] if isinstance(to, str) else list(to)),
+        output=output,
+        data=_data(data, preprocess),
+        evaluation=_data(evaluation, preprocess),
+        table=None if table is None else Path(table),
+        method=method,
+        shapes=dict(shapes or {}),
+    )
+    with open_workspace(reporter or Reporter(False), timeout_s) as work:
+        answer = {"schema": SCHEMA, "results": run_export(work, plan), "warnings": work.reporter.warnings}
+    if output.is_dir():
+        with contextlib.suppress(OSError):
+            artifacts.write_json(output / "export.json", answer)
+    return answer
+
+
+def verify(
+    artifact: str | Path,
+    *,
+    evaluation: str | Path | None = None,
+    preprocess: str | None = None,
+    timeout_s: float = TIMEOUT_S,
+    reporter: Reporter | None = None,
+) -> dict[str, Any]:
+    """Check an artifact: every file's hash, and its outputs against the source's on its own samples.
+
+    With *evaluation* the source model is run on that DATA and compared. Returns {"schema", "results": [one]}.
+    """
+    with open_workspace(reporter or Reporter(False), timeout_s) as work:
+        result = run_verify(work, Path(artifact), _data(evaluation, preprocess))
+        return {"schema": SCHEMA, "results": [result], "warnings": work.reporter.warnings}
+
+
+def benchmark(
+    artifacts_or_files: str | Path | Sequence[str | Path],
+    *,
+    target: str = "local",
+    workload: Workload | None = None,
+    data: str | Path | None = None,
+    preprocess: str | None = None,
+    output: str | Path | None = None,
+    timeout_s: float = TIMEOUT_S,
+    reporter: Reporter | None = None,
+) -> dict[str, Any]:
+    """Measure latency and memory of artifacts or bare files; what ``portcall bench --json`` prints."""
+    single = isinstance(artifacts_or_files, str | Path)
+    specs = [artifacts_or_files] if single else list(artifacts_or_files)  # type: ignore[arg-type]  # narrowed by single
+    with open_workspace(reporter or Reporter(False), timeout_s) as work:
+        results = run_bench(
+            work,
+            [str(s) for s in specs],
+            target,
+            workload or Workload(),
+            _data(data, preprocess),
+            None if output is None else Path(output),
+        )
+    return {"schema": SCHEMA, "results": results}
+
+
+def calibrate(
+    model: str | Path,
+    data: str | Path,
+    output: str | Path,
+    *,
+    kinds: Sequence[str] = (),
+    preprocess: str | None = None,
+    shapes: Shapes | None = None,
+    timeout_s: float = TIMEOUT_S,
+    reporter: Reporter | None = None,
+) -> dict[str, Any]:
+    """Run *data* through the model's canonical ONNX graph, and through the graph of each backend in *kinds*.
+
+    Writes the table to *output*; returns {"schema", "table", "sections": [{"kind", "tensors", "n"}]}.
+    """
+    backends = {get_backend(name).graph: name for name in ["onnxruntime", *kinds]}
+    output = Path(output)
+    if not output.absolute().parent.is_dir():
+        raise BadInput(f"no folder {output.absolute().parent} for the table", "Create it, or name another -o")
+    with open_workspace(reporter or Reporter(False), timeout_s) as work:
+        for name in backends.values():
+            work.probe(name, "export")
+        source = open_source(work, str(model), dict(shapes or {}))
+        record, found = read_data(work, source, DataArgument(str(data), preprocess), "--data")
+        if record.n == 1:
+            work.reporter.warn("DATA has one sample: ranges from one sample rarely hold for others")
+        source = with_data_shapes(source, found, dict(shapes or {}))
+        table = CalibrationTable({})
+        for name in backends.values():
+            graph = lower(work, source, get_backend(name))
+            table = table.with_section(observe(work, graph, name, record))
+        table.save(output)
+    sections = [{"kind": s.kind, "tensors": len(s.tensors), "n": s.data.n} for s in table.sections.values()]
+    return {"schema": SCHEMA, "table": str(output), "sections": sections}
+
+
+def doctor(*, timeout_s: float = 120.0) -> dict[str, Any]:
+    """Return what can be exported and run here, with the reason and the fix where it cannot."""
+    entries = []
+    with open_workspace(Reporter(False), timeout_s) as work:
+        for name in backend_names():
+            entry: dict[str, Any] = {"name": name, "precisions": list(get_backend(name).capabilities.precisions)}
+            for role in ("export", "run"):
+                job = {"backend": name, "role": role}
+                try:
+                    entry[role] = work.call("portcall.targets.agent.jobs:probe", job, f"probe {name}", name)
+                except PortcallError as error:
+                    entry[role] = {"available": False, "version": None, "reason": error.message, "fix": error.fix}
+            entries.append(entry)
+    targets = [{"name": n, "description": get_target(n).description} for n in target_names()]
+    return {"schema": SCHEMA, "backends": entries, "targets": targets}
+
+
+class LoadedArtifact:
+    """An artifact in this process: ``infer`` takes and returns arrays by the source's names."""
+
+    def __init__(self, artifact: Artifact, session: Session, stack: contextlib.ExitStack) -> None:
+        self._artifact, self._session, self._stack = artifact, session, stack
+        self.inputs = artifact.inputs
+        self.outputs = artifact.outputs
+
+    def infer(self, inputs: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
+        """Return the outputs for one set of *inputs*. Raises BadInput for a wrong name or dtype."""
+        arrays = {}
+        for tensor in self._artifact.inputs:
+            if tensor.source not in inputs:
+                raise BadInput(f"no input {tensor.source!r} given", f"Give: {', '.join(t.source for t in self.inputs)}")
+            array = np.ascontiguousarray(inputs[tensor.source])
+            if array.dtype != np.dtype(tensor.dtype):
+                raise BadInput(f"input {tensor.source!r} is {array.dtype}, not {tensor.dtype}", f"Use .astype({tensor.dtype!r})")
+            arrays[tensor.name] = array
+        self._session.set_inputs(arrays)
+        self._session.infer()
+        results = self._session.get_outputs()
+        return {t.source: results[t.name] for t in self._artifact.outputs}
+
+    def close(self) -> None:
+        self._stack.close()
+
+    def __enter__(self) -> LoadedArtifact:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def load(artifact: str | Path, *, threads: int = 1) -> LoadedArtifact:
+    """Load an artifact into this process, its files checked by hash: ``portcall.load(a).infer({"x": array})``."""
+    opened, _ = artifacts.open_artifact(Path(artifact).resolve())
+    stack = contextlib.ExitStack()
+    session = stack.enter_context(get_backend(opened.backend).load(opened, Workload(threads=threads)))
+    return LoadedArtifact(opened, session, stack)
+
+
+@contextlib.contextmanager
+def loaded(artifact: str | Path, *, threads: int = 1) -> Iterator[LoadedArtifact]:
+    """``load`` for a with statement."""
+    with load(artifact, threads=threads) as opened:
+        yield opened

@@ -1,0 +1,130 @@
+"""An artifact on disk: a folder that is written whole or not at all, and checked before it is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from portcall.targets.agent.contract import Artifact
+from portcall.targets.agent.errors import BadInput, CellFailed
+
+if TYPE_CHECKING:
+    import numpy as np
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+SAMPLES = "samples.npz"
+EXAMPLE = "example.py"
+MAX_SAMPLES = 8
+MAX_SAMPLES_BYTES = 1 << 20
+
+VOLATILE = ("created", "seconds", "identity")
+"""Manifest keys that do not belong to an artifact's identity."""
+
+
+def sha256_file(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def identity(manifest: Mapping[str, Any]) -> str:
+    """Return the sha256 of the canonical manifest without times and paths."""
+    kept = {k: v for k, v in manifest.items() if k not in VOLATILE}
+    kept["source"] = {k: v for k, v in manifest["source"].items() if k != "spec"}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return the manifest of the artifact in *folder*, checked for form.
+
+    Raises BadInput where it is missing, not JSON, of another schema, or names a file outside the folder.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise BadInput(f"{folder} is not an artifact: it has no {MANIFEST}", "Give a folder written by portcall export") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path} is not valid JSON: {error}", "Export the artifact again") from error
+    if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
+        found = manifest.get("schema") if isinstance(manifest, dict) else None
+        raise BadInput(f"{path} has schema {found!r}, this portcall reads {SCHEMA}", "Export again, or use the portcall that wrote it")
+    try:
+        names = [manifest["entry"], *manifest["files"]]
+        Artifact.from_json({"directory": str(folder), **manifest})
+    except (KeyError, TypeError) as error:
+        raise BadInput(f"{path} lacks {error}", "Export the artifact again") from error
+    for name in names:
+        if Path(name).name != name or name in (".", ".."):
+            raise BadInput(f"{path} names {name!r}, which is outside the artifact", "Do not use this artifact")
+    return manifest
+
+
+def open_artifact(folder: Path) -> tuple[Artifact, dict[str, Any]]:
+    """Return the artifact in *folder* and its manifest, every file checked against its sha256.
+
+    Raises BadInput where the manifest is unusable, CellFailed where a file is missing or changed.
+    """
+    manifest = read_manifest(folder)
+    for name, entry in manifest["files"].items():
+        path = folder / name
+        if not path.is_file() or path.is_symlink():
+            raise CellFailed(f"{folder} lacks its file {name}", "Copy the artifact again, whole")
+        if sha256_file(path) != entry["sha256"]:
+            raise CellFailed(f"{path} is not the file that was exported (sha256 differs)", "Copy or export it again")
+    return Artifact.from_json({"directory": str(folder), **manifest}), manifest
+
+
+def pack_samples(samples: list[dict[str, np.ndarray[Any, Any]]], path: Path) -> int:
+    """Write as many of *samples* as fit in 8 and 1 MB, stacked by key; return how many (0: no file).
+
+    Samples of another shape than the first are left out, since one array holds them all.
+    """
+    import numpy as np
+
+    shapes = {k: v.shape for k, v in samples[0].items()}
+    alike = [s for s in samples if {k: v.shape for k, v in s.items()} == shapes][:MAX_SAMPLES]
+    while alike:
+        buffer = io.BytesIO()
+        stacked: dict[str, Any] = {k: np.stack([s[k] for s in alike]) for k in shapes}
+        np.savez_compressed(buffer, **stacked)
+        if buffer.tell() <= MAX_SAMPLES_BYTES:
+            path.write_bytes(buffer.getvalue())
+            return len(alike)
+        alike = alike[: len(alike) // 2]
+    return 0
+
+
+def finish(staging: Path, target: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Hash the files in *staging*, write the manifest and move the folder to *target*; return the manifest.
+
+    An artifact that already is at *target* is replaced only once the new one is complete.
+    """
+    files = sorted(p for p in staging.iterdir() if p.name != MANIFEST)
+    manifest["files"] = {p.name: {"sha256": sha256_file(p), "size_bytes": p.stat().st_size} for p in files}
+    manifest["identity"] = identity(manifest)
+    write_json(staging / MANIFEST, manifest)
+    replaced = target.with_name(f".{target.name}.replaced")
+    if target.exists():
+        os.replace(target, replaced)
+    os.replace(staging, target)
+    shutil.rmtree(replaced, ignore_errors=True)
+    return manifest
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write *value* to *path* whole or not at all."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(part, path)
+
+
+def model_bytes(manifest: Mapping[str, Any]) -> int:
+    """Return the size of the files that the runtime loads."""
+    return sum(e["size_bytes"] for n, e in manifest["files"].items() if n not in (SAMPLES, EXAMPLE))

@@ -1,0 +1,172 @@
+"""What the export pipeline does in workers: data checks, lowering, the reference, one export, one manifest."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from portcall.calibration.data import data_sha256, open_data
+from portcall.source import flat_examples, open_reference
+from portcall.targets.agent.contract import Artifact, Graph, Range, Recipe, Source, TensorSpec
+from portcall.targets.agent.errors import BadInput, CellFailed
+
+Progress = Callable[[int, int | None], None]
+Arrays = dict[str, "np.ndarray[Any, Any]"]
+
+
+def check_data(arguments: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
+    """Read all of DATA once: its hash, its number of samples, and the shapes of the first one."""
+    inputs = [TensorSpec.from_json(t) for t in arguments["inputs"]]
+    data = open_data(arguments["spec"], inputs, preprocess=arguments["preprocess"])
+    data = data.with_slice(arguments["start"], arguments["stop"])
+    digest, n = data_sha256(data)
+    if n == 0:
+        raise BadInput(f"no samples in {arguments['spec']!r}", "Give at least one sample")
+    first = next(iter(data)).inputs
+    return {
+        "sha256": digest,
+        "n": n,
+        "shapes": {k: list(v.shape) for k, v in first.items()},
+        "labels": data.has_labels(),
+    }
+
+
+def lower(arguments: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
+    """Lower a source for one backend into a folder; the answer is the Graph, also left there as graph.json."""
+    from portcall.exporters import get_backend
+
+    directory = Path(arguments["directory"])
+    graph = get_backend(arguments["backend"]).lower(Source.from_json(arguments["source"]), directory)
+    (directory / "graph.json").write_text(json.dumps(graph.to_json()))
+    return graph.to_json()
+
+
+def reference(arguments: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
+    """Run the source on the evaluation samples; store inputs and outputs as ``000000.npz`` and ``index.json``.
+
+    Raises CellFailed where the source itself gives NaN or infinity (names sample and output).
+    """
+    source = Source.from_json(arguments["source"])
+    folder = Path(arguments["directory"])
+    run = open_reference(source)
+    labels: list[int] | None = []
+    n = 0
+    for arrays, label in _evaluation_samples(source, arguments):
+        outputs = run(arrays)
+        for name, array in outputs.items():
+            if not np.all(np.isfinite(array)):
+                raise CellFailed(
+                    f"the source model's output {name!r} holds NaN or infinity for sample {n}",
+                    "Nothing can be compared with it: check the model and its input",
+                )
+        stored: dict[str, Any] = {**arrays, **{f"reference/{k}": v for k, v in outputs.items()}}
+        np.savez(folder / f"{n:06d}.npz", **stored)
+        labels = None if labels is None or label is None else [*labels, label]
+        n += 1
+        progress(n, arguments["n"])
+    index = {"n": n, "labels": labels, "samples": arguments["samples"]}
+    (folder / "index.json").write_text(json.dumps(index))
+    return {"n": n}
+
+
+def _evaluation_samples(source: Source, arguments: Mapping[str, Any]) -> Iterator[tuple[Arrays, int | None]]:
+    record = arguments["data"]
+    if record is not None:
+        data = open_data(record["spec"], source.inputs, preprocess=record["preprocess"])
+        for sample in data.with_slice(record["start"], record["stop"]):
+            yield sample.inputs, sample.label
+    elif arguments["samples"] == "example":
+        yield _examples(source), None
+    else:
+        for seed in range(arguments["n"]):
+            yield synthetic(source.inputs, source.example_shapes, seed), None
+
+
+def has_examples(arguments: Mapping[str, Any], progress: Progress) -> bool:
+    """Tell whether a torch source has example inputs that are worth comparing: not all constant (zeros, ones)."""
+    source = Source.from_json(arguments["source"])
+    if source.format == "onnx":
+        return False
+    return any(np.ptp(a.astype(np.float64)) > 0 for a in _examples(source).values() if a.size > 1)
+
+
+def _examples(source: Source) -> Arrays:
+    """Return the example inputs of a torch source, cut to its example shapes where the batch is dynamic."""
+    import torch
+
+    program = torch.export.load(source.path)
+    flat = [t.numpy() for t in flat_examples(program)]
+    shapes = source.example_shapes
+    return {
+        spec.name: np.ascontiguousarray(array[tuple(slice(0, d) for d in shapes[spec.name])])
+        for spec, array in zip(source.inputs, flat, strict=True)
+    }
+
+
+def synthetic(inputs: tuple[TensorSpec, ...], shapes: Mapping[str, tuple[int, ...]], seed: int) -> Arrays:
+    """Return random inputs: standard normal floats, integers and booleans 0 or 1 (valid as any index)."""
+    rng = np.random.default_rng(seed)
+    made: Arrays = {}
+    for spec in inputs:
+        dtype = np.dtype(spec.dtype)
+        values = rng.standard_normal(shapes[spec.name]) if dtype.kind == "f" else rng.integers(0, 2, shapes[spec.name])
+        made[spec.name] = values.astype(dtype)
+    return made
+
+
+def export(arguments: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
+    """Export one cell into a folder; return what was written. Runs in the backend's interpreter."""
+    from portcall.exporters import get_backend
+
+    backend = get_backend(arguments["backend"])
+    graph = Graph.from_json(arguments["graph"])
+    recipe = Recipe(**arguments["recipe"])
+    ranges = arguments["ranges"]
+    if ranges is not None:
+        ranges = {name: Range(low, high) for name, (low, high) in ranges.items()}
+    directory = Path(arguments["directory"])
+    try:
+        exported = backend.export(graph, recipe, ranges, directory)
+    except OSError as error:
+        raise CellFailed(f"cannot write {directory}: {error.strerror}", "Free space there or choose another -o") from error
+    missing = [name for name in exported.files if not (directory / name).is_file()]
+    if missing:
+        raise CellFailed(f"the exporter left no {missing[0]}", "See the log; is the disk full?")
+    return {
+        "entry": exported.entry,
+        "files": list(exported.files),
+        "inputs": [t.to_json() for t in exported.inputs],
+        "outputs": [t.to_json() for t in exported.outputs],
+        "versions": dict(exported.versions),
+        "notes": list(exported.notes),
+    }
+
+
+def census(arguments: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
+    """Count the integer arithmetic of an artifact at the shapes of its samples."""
+    from portcall.exporters import get_backend
+
+    artifact = Artifact.from_json(arguments["artifact"])
+    shapes = {k: tuple(v) for k, v in arguments["shapes"].items()}
+    return get_backend(artifact.backend).census(artifact, shapes).to_json()
+
+
+def write_inputs(arguments: Mapping[str, Any], progress: Progress) -> None:
+    """Write up to 8 samples of DATA, or random ones, stacked by input name as ``samples.npz`` is."""
+    inputs = tuple(TensorSpec.from_json(t) for t in arguments["inputs"])
+    if arguments["data"] is not None:
+        data = open_data(arguments["data"]["spec"], inputs, preprocess=arguments["data"]["preprocess"])
+        samples = [s.inputs for s in data.with_slice(0, 8)]
+        if not samples:
+            raise BadInput(f"no samples in {arguments['data']['spec']!r}", "Give at least one sample")
+        shapes = {k: v.shape for k, v in samples[0].items()}
+        samples = [s for s in samples if {k: v.shape for k, v in s.items()} == shapes]
+    else:
+        shapes = {k: tuple(v) for k, v in arguments["shapes"].items()}
+        samples = [synthetic(inputs, shapes, 0)]
+    stacked: dict[str, Any] = {t.name: np.stack([s[t.name] for s in samples]) for t in inputs}
+    np.savez(arguments["path"], **stacked)

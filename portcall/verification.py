@@ -1,0 +1,95 @@
+"""Verifies an artifact that is on disk: hashes, then outputs against the source's."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from portcall import artifact as artifacts
+from portcall.core import Artifact, BadInput, CellFailed, Outcome, PortcallError, outcome_of
+from portcall.targets.agent.jobs import CHECK_ENOUGH_DB, CHECK_MARGIN_DB
+from portcall.workspace import DataArgument, Workspace, open_source, read_data, run_reference
+
+
+def run_verify(work: Workspace, folder: Path, evaluation: DataArgument | None) -> dict[str, Any]:
+    """Return the result of ``verify``; its outcome is "failed" where the artifact is not what was exported.
+
+    Without --eval the artifact's own samples and the stored outputs of the source are used. With --eval the source
+    model named in the manifest is opened again; it must still have the same hash.
+    """
+    start = time.perf_counter()
+    folder = folder.resolve()
+    manifest = artifacts.read_manifest(folder)
+    result: dict[str, Any] = {
+        "backend": manifest["backend"],
+        "precision": manifest["precision"],
+        "outcome": Outcome.ARTIFACT.value,
+        "reason": None,
+        "fix": None,
+        "path": str(folder),
+        "size_bytes": artifacts.model_bytes(manifest),
+        "seconds": None,
+        "parity": None,
+        "eval": None,
+        "arithmetic": manifest["arithmetic"],
+    }
+    try:
+        artifact, _ = artifacts.open_artifact(folder)
+        work.probe(artifact.backend, "run")
+        if evaluation is None:
+            samples = _own_samples(work, artifact, manifest)
+        else:
+            samples = _evaluation_samples(work, manifest, evaluation)
+        job = {"artifact": artifact.to_json(), "samples": str(samples), "head": 0, "threads": os.cpu_count() or 1}
+        label = f"verify {artifact.backend}:{artifact.precision}"
+        found = work.call("portcall.targets.agent.jobs:verify", job, label, artifact.backend)
+        result["parity"], result["eval"] = found["parity"], found["eval"]
+        expected = manifest["samples"]["sqnr_db"] if evaluation is None else None
+        if expected is not None and found["parity"]["sqnr_db"] < min(expected - CHECK_MARGIN_DB, CHECK_ENOUGH_DB):
+            raise CellFailed(
+                f"its outputs are {found['parity']['sqnr_db']:.1f} dB from the source's, the export measured {expected:.1f} dB",
+                "The runtime here computes something else: compare its version with the manifest's",
+            )
+    except BadInput:
+        raise
+    except PortcallError as error:
+        result.update(outcome=outcome_of(error).value, reason=error.message, fix=error.fix or None)
+    result["seconds"] = round(time.perf_counter() - start, 3)
+    return result
+
+
+def _own_samples(work: Workspace, artifact: Artifact, manifest: dict[str, Any]) -> Path:
+    """Unpack samples.npz into one file per sample, as the verify job reads them."""
+    n = manifest["samples"]["n"]
+    if not n:
+        raise BadInput("this artifact carries no samples (one is above 1 MB)", "Give --eval DATA")
+    folder = work.folder / "own-samples"
+    folder.mkdir()
+    with np.load(artifact.directory / artifacts.SAMPLES) as stored:
+        arrays = {k: stored[k] for k in stored.files}
+    for number in range(n):
+        sample: dict[str, Any] = {k: v[number] for k, v in arrays.items()}
+        np.savez(folder / f"{number:06d}.npz", **sample)
+    index = {"n": n, "labels": None, "samples": manifest["parity"]["samples"]}
+    (folder / "index.json").write_text(json.dumps(index))
+    return folder
+
+
+def _evaluation_samples(work: Workspace, manifest: dict[str, Any], evaluation: DataArgument) -> Path:
+    spec = manifest["source"]["spec"]
+    try:
+        source = open_source(work, spec, {})
+    except BadInput as error:
+        raise BadInput(
+            f"--eval compares with the source model {spec!r}, which cannot be opened: {error.message}",
+            "Put it back there, or verify without --eval",
+        ) from error
+    if source.sha256 != manifest["source"]["sha256"]:
+        raise BadInput(f"the source model {spec!r} has changed since this artifact was exported", "Export it again")
+    record, _ = read_data(work, source, evaluation, "--eval")
+    return run_reference(work, source, "eval", record.n, record)

@@ -1,0 +1,270 @@
+"""Runs a function in a process of its own, so that a crash, a hang or an import conflict is one failed cell.
+
+The worker leads its own process group, answers in a file, and dies with its parent (``targets/agent/agent_main.py``
+holds the other end). The parent sleeps on the process and its progress pipe; it never polls.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import portcall.exporters
+from portcall.targets.agent.errors import CellFailed, error_from_kind
+
+PACKAGE_ROOT = Path(portcall.exporters.__file__).parent.parent
+AGENT_MAIN = PACKAGE_ROOT / "targets" / "agent" / "agent_main.py"
+
+Progress = Callable[[int, int | None], None]
+
+
+class Interrupted(BaseException):
+    """Raised in a thread whose worker was ended because the user interrupted the main thread."""
+
+
+class _Stop:
+    """A pipe that becomes readable for every waiting thread once the run is interrupted."""
+
+    def __init__(self) -> None:
+        self.read_fd, self._write_fd = os.pipe()
+        self.is_set = False
+
+    def set(self) -> None:
+        self.is_set = True
+        os.write(self._write_fd, b"x")
+
+    def close(self) -> None:
+        os.close(self.read_fd)
+        os.close(self._write_fd)
+
+
+class WorkerPool:
+    """The settings that all workers of one command share, and the switch that ends them all."""
+
+    def __init__(self, pythons: Mapping[str, str] | None = None, timeout_s: float = 1800.0) -> None:
+        self.pythons = dict(pythons or {})
+        self.timeout_s = timeout_s
+        self._stop = _Stop()
+
+    def __enter__(self) -> WorkerPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.close()
+
+    def interrupt(self) -> None:
+        """End every running worker; their callers get Interrupted."""
+        self._stop.set()
+
+    def call(
+        self,
+        function: str,
+        arguments: Mapping[str, Any],
+        *,
+        backend: str | None = None,
+        timeout_s: float | None = None,
+        log: Path | None = None,
+        on_progress: Progress | None = None,
+    ) -> Any:
+        """Return what ``module:function`` answers to *arguments* (JSON in, JSON out) in a fresh process.
+
+        backend: whose interpreter to use (``portcall.toml``). log: where the worker's output is kept if it fails.
+        Raises the PortcallError that the worker raised, or CellFailed with the true reason of its death.
+        """
+        python = self.pythons.get(backend or "", sys.executable)
+        with tempfile.TemporaryDirectory(prefix="portcall-job-") as name:
+            folder = Path(name)
+            job = {
+                "call": function,
+                "arguments": arguments,
+                "package_root": str(PACKAGE_ROOT),
+                "exporters_path": list(portcall.exporters.__path__),
+            }
+            output = folder / "output.log"
+            try:
+                status = self._run(python, job, folder, output, timeout_s or self.timeout_s, on_progress)
+                answer = _read_answer(folder / "answer.json")
+                if answer is None:
+                    raise CellFailed(f"{_death(status)}{_last_line(output)}")
+                if "error" in answer:
+                    error = answer["error"]
+                    raise error_from_kind(error["kind"], error["message"], error["fix"])
+                return answer["value"]
+            except CellFailed:
+                if log is not None and output.exists():
+                    log.parent.mkdir(parents=True, exist_ok=True)
+                    log.write_bytes(_tail(output, 1 << 20))
+                raise
+
+    def _run(
+        self,
+        python: str,
+        job: dict[str, Any],
+        folder: Path,
+        output: Path,
+        timeout_s: float,
+        on_progress: Progress | None,
+    ) -> int:
+        lifeline_read, lifeline_write = os.pipe()
+        progress_read, progress_write = os.pipe()
+        process: subprocess.Popen[bytes] | None = None
+        try:
+            job = {**job, "lifeline_fd": lifeline_read, "progress_fd": progress_write}
+            (folder / "job.json").write_text(json.dumps(job))
+            with output.open("wb") as stream:
+                try:
+                    process = subprocess.Popen(
+                        [
+                            *_command(python),
+                            str(AGENT_MAIN),
+                            str(folder / "job.json"),
+                            str(folder / "answer.json"),
+                        ],
+                        stdin=subprocess.DEVNULL,
+                        stdout=stream,
+                        stderr=subprocess.STDOUT,
+                        start_new_session=True,
+                        pass_fds=(lifeline_read, progress_write),
+                        env=_environment(),
+                    )
+                except OSError as error:
+                    raise CellFailed(
+                        f"cannot start the interpreter {python}: {error.strerror}",
+                        "Set the right path in portcall.toml ([backends.NAME] python) or PORTCALL_PYTHON_NAME",
+                    ) from error
+            os.close(lifeline_read)
+            os.close(progress_write)
+            lifeline_read = progress_write = -1
+            return self._wait(process, progress_read, timeout_s, on_progress)
+        finally:
+            for fd in (lifeline_read, progress_write, lifeline_write, progress_read):
+                if fd >= 0:
+                    os.close(fd)
+            if process is not None:
+                _kill_group(process)
+
+    def _wait(
+        self, process: subprocess.Popen[bytes], progress_fd: int, timeout_s: float, on_progress: Progress | None
+    ) -> int:
+        deadline = time.monotonic() + timeout_s
+        pending = b""
+        with selectors.DefaultSelector() as selector, _ExitEvent(process) as exited:
+            selector.register(progress_fd, selectors.EVENT_READ)
+            selector.register(self._stop.read_fd, selectors.EVENT_READ)
+            selector.register(exited, selectors.EVENT_READ)
+            while True:
+                ready = {key.fd for key, _ in selector.select(max(0.0, deadline - time.monotonic()))}
+                if not ready:
+                    raise CellFailed(
+                        f"no answer within {timeout_s:.0f} s: the worker was killed", "Allow more time with --timeout"
+                    )
+                if self._stop.read_fd in ready:
+                    raise Interrupted
+                if progress_fd in ready:
+                    chunk = os.read(progress_fd, 65536)
+                    if not chunk:
+                        selector.unregister(progress_fd)
+                    pending += chunk
+                    *lines, pending = pending.split(b"\n")
+                    if lines and on_progress is not None:
+                        on_progress(*json.loads(lines[-1]))
+                if exited.fileno() in ready:
+                    return process.wait()
+
+
+class _ExitEvent:
+    """Readable once *process* has ended: a pidfd, or elsewhere a pipe fed by a thread that blocks on the process."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        if sys.platform == "linux":
+            self._fd = os.pidfd_open(process.pid)
+        else:
+            self._fd, write_fd = os.pipe()
+
+            def feed() -> None:
+                process.wait()
+                os.close(write_fd)
+
+            threading.Thread(target=feed, daemon=True).start()
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def __enter__(self) -> _ExitEvent:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._fd)
+
+
+def _command(python: str) -> list[str]:
+    """Return the interpreter with the flag that keeps the user's folder off sys.path.
+
+    -P needs Python 3.11; -I does the same (and more) below.
+    """
+    if python == sys.executable:
+        return [python, "-P"]
+    probe = subprocess.run(
+        [python, "-c", "import sys; print(sys.version_info >= (3, 11))"], capture_output=True, text=True, check=False
+    )
+    return [python, "-P" if probe.stdout.strip() == "True" else "-I"]
+
+
+def _environment() -> dict[str, str]:
+    """Return the environment without entries of PYTHONPATH that mean the current folder."""
+    environment = dict(os.environ)
+    here = Path.cwd()
+    path = [p for p in environment.get("PYTHONPATH", "").split(os.pathsep) if p and Path(p).absolute() != here]
+    environment.pop("PYTHONPATH", None)
+    if path:
+        environment["PYTHONPATH"] = os.pathsep.join(path)
+    return environment
+
+
+def _kill_group(process: subprocess.Popen[bytes]) -> None:
+    """Kill the worker's process group: the worker if it still runs, and whatever it left behind."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except (ProcessLookupError, PermissionError):  # nobody left (macOS says EPERM for a group of zombies)
+        pass
+    process.wait()
+
+
+def _read_answer(path: Path) -> dict[str, Any] | None:
+    try:
+        answer: dict[str, Any] = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    return answer
+
+
+def _death(status: int) -> str:
+    if status >= 0:
+        return f"the worker exited with status {status} and left no answer"
+    try:
+        name = signal.Signals(-status).name
+    except ValueError:
+        name = f"signal {-status}"
+    hint = " (out of memory, or killed by hand)" if name == "SIGKILL" else ""
+    return f"the worker was killed by {name}{hint}"
+
+
+def _tail(path: Path, size: int) -> bytes:
+    with path.open("rb") as stream:
+        stream.seek(max(0, path.stat().st_size - size))
+        return stream.read()
+
+
+def _last_line(output: Path) -> str:
+    lines = _tail(output, 4096).decode(errors="replace").strip().splitlines() if output.exists() else []
+    return f"; its last output: {lines[-1].strip()[:200]}" if lines else ""

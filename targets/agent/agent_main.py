@@ -1,0 +1,110 @@
+"""The worker's entry: ``INTERPRETER -P agent_main.py JOB ANSWER`` (below Python 3.11: ``-I``).
+
+JOB is JSON: {"call": "module:function", "arguments": {...}, "package_root": dir of the portcall package,
+"exporters_path": [dirs], "lifeline_fd", "progress_fd"}. ANSWER is written whole, by rename:
+{"value": ...} or {"error": {"kind", "message", "fix", "traceback"}}. stdout and stderr stay free for chatty
+runtimes. The worker dies with its parent: see ``_follow_parent``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import importlib.util
+import json
+import os
+import signal
+import sys
+import traceback
+from typing import Any, Callable, Dict, List, Optional
+
+PR_SET_PDEATHSIG = 1
+
+
+def _follow_parent(lifeline_fd: int, other_fds: List[int]) -> None:
+    """Make this process and all it starts die when the parent closes the lifeline, on purpose or by dying.
+
+    A forked guardian (forked before anything heavy is imported) blocks on the lifeline and then kills the process
+    group; PR_SET_PDEATHSIG backs it up on Linux in case the guardian itself was killed.
+    """
+    parent = os.getppid()
+    if os.fork() == 0:
+        for fd in [0, 1, 2, *other_fds]:
+            os.close(fd)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        while os.read(lifeline_fd, 1):
+            pass
+        os.killpg(0, signal.SIGKILL)
+    os.close(lifeline_fd)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _install_package(root: str, exporters_path: List[str]) -> None:
+    """Import ``portcall`` from *root*, without making root's neighbours importable."""
+    spec = importlib.util.spec_from_file_location(
+        "portcall", os.path.join(root, "__init__.py"), submodule_search_locations=[root]
+    )
+    assert spec is not None and spec.loader is not None
+    package = importlib.util.module_from_spec(spec)
+    sys.modules["portcall"] = package
+    spec.loader.exec_module(package)
+    exporters = importlib.import_module("portcall.exporters")
+    for path in exporters_path:
+        if path not in exporters.__path__:
+            exporters.__path__.append(path)
+
+
+def _progress(fd: Optional[int]) -> Callable[[int, Optional[int]], None]:
+    """Return progress(done, total), which writes one JSON line; never called inside a timed region."""
+
+    def report(done: int, total: Optional[int]) -> None:
+        if fd is not None:
+            os.write(fd, (json.dumps([done, total]) + "\n").encode())
+
+    return report
+
+
+def _describe(error: BaseException) -> Dict[str, str]:
+    text = str(error).strip().splitlines()
+    known = {
+        "kind": getattr(error, "kind", "failed"),
+        "message": getattr(error, "message", None) or f"{type(error).__name__}: {text[0] if text else 'no message'}",
+        "fix": getattr(error, "fix", ""),
+    }
+    if not isinstance(known["kind"], str) or not isinstance(known["message"], str):
+        known = {"kind": "failed", "message": f"{type(error).__name__}: {error}", "fix": ""}
+    known["traceback"] = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    return known
+
+
+def main(job_path: str, answer_path: str) -> int:
+    with open(job_path, encoding="utf-8") as stream:
+        job = json.load(stream)
+    progress_fd = job.get("progress_fd")
+    if job.get("lifeline_fd") is not None:
+        _follow_parent(job["lifeline_fd"], [] if progress_fd is None else [progress_fd])
+    answer: Dict[str, Any]
+    try:
+        _install_package(job["package_root"], job.get("exporters_path", []))
+        module, _, function = job["call"].partition(":")
+        value = getattr(importlib.import_module(module), function)(job["arguments"], _progress(progress_fd))
+        answer = {"value": value}
+        text = json.dumps(answer)
+    except BaseException as error:  # the one place where every failure becomes an answer
+        answer = {"error": _describe(error)}
+        traceback.print_exc()
+        text = json.dumps(answer)
+    with open(answer_path + ".part", "w", encoding="utf-8") as stream:
+        stream.write(text)
+    os.replace(answer_path + ".part", answer_path)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # skip the runtimes' own tear-down: some crash or hang there after the work is done
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2])

@@ -1,0 +1,355 @@
+"""The contract between portcall and a backend: what a backend is, and what runs one inference.
+
+A backend is one file in ``exporters/`` that ends in ``BACKEND = Backend(...)``. That file imports nothing
+at its top beyond this package, so that it can travel to a device together with the agent.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Callable, ContextManager, Dict, Mapping, Optional, Sequence, Tuple, Union
+
+Dim = Union[int, str]
+"""A dimension: a fixed size, or the name of a dynamic one."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """An input or output: name, shape (a str is a dynamic dimension) and NumPy dtype name."""
+
+    name: str
+    shape: Tuple[Dim, ...]
+    dtype: str
+
+    def to_json(self) -> Dict[str, Any]:
+        return {"name": self.name, "shape": list(self.shape), "dtype": self.dtype}
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> TensorSpec:
+        return TensorSpec(str(data["name"]), tuple(data["shape"]), str(data["dtype"]))
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.dtype}[{', '.join(str(d) for d in self.shape)}]"
+
+
+@dataclass(frozen=True)
+class Available:
+    """The backend works here; *version* is that of its runtime or converter."""
+
+    version: str
+
+
+@dataclass(frozen=True)
+class Unavailable:
+    """The backend does not work here: why, and the command or step that changes it."""
+
+    reason: str
+    fix: str
+
+
+@dataclass(frozen=True)
+class Range:
+    """The clipping range of one tensor, in its own unit; *symmetric* ranges have minimum == -maximum."""
+
+    minimum: float
+    maximum: float
+    symmetric: bool = False
+
+
+Ranges = Mapping[str, Range]
+"""Tensor name in the tapped graph -> range. No exporter sees histograms."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to export: the precision word, the calibration method and options of the backend."""
+
+    precision: str
+    method: str = "minmax"
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> Dict[str, Any]:
+        return {"precision": self.precision, "method": self.method, "options": dict(self.options)}
+
+
+@dataclass(frozen=True)
+class Source:
+    """The model as it came in, opened and checked: see ``portcall.source``.
+
+    format: "onnx", "pt2" or "torch" (a factory). path: the file that can be lowered (``.onnx``, or the
+    ``.pt2`` that a factory was exported to). example_shapes: the concrete shape of every input.
+    """
+
+    spec: str
+    format: str
+    path: Path
+    sha256: str
+    inputs: Tuple[TensorSpec, ...]
+    outputs: Tuple[TensorSpec, ...]
+    example_shapes: Mapping[str, Tuple[int, ...]]
+
+    def to_json(self) -> Dict[str, Any]:
+        return {
+            "spec": self.spec,
+            "format": self.format,
+            "path": str(self.path),
+            "sha256": self.sha256,
+            "inputs": [t.to_json() for t in self.inputs],
+            "outputs": [t.to_json() for t in self.outputs],
+            "example_shapes": {k: list(v) for k, v in self.example_shapes.items()},
+        }
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Source:
+        return Source(
+            spec=data["spec"],
+            format=data["format"],
+            path=Path(data["path"]),
+            sha256=data["sha256"],
+            inputs=tuple(TensorSpec.from_json(t) for t in data["inputs"]),
+            outputs=tuple(TensorSpec.from_json(t) for t in data["outputs"]),
+            example_shapes={k: tuple(v) for k, v in data["example_shapes"].items()},
+        )
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A source lowered to the form that is tapped and exported.
+
+    kind: "onnx" (the canonical ONNX graph) or "tflite" (the float flatbuffer). Backends of one kind share it.
+    names: name of an input or output in the source -> its name in this graph.
+    """
+
+    kind: str
+    path: Path
+    sha256: str
+    source: Source
+    names: Mapping[str, str]
+
+    def to_json(self) -> Dict[str, Any]:
+        return {
+            "kind": self.kind,
+            "path": str(self.path),
+            "sha256": self.sha256,
+            "source": self.source.to_json(),
+            "names": dict(self.names),
+        }
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Graph:
+        return Graph(
+            data["kind"], Path(data["path"]), data["sha256"], Source.from_json(data["source"]), data["names"]
+        )
+
+
+@dataclass(frozen=True)
+class BoundTensor:
+    """An input or output of an artifact: its name in the source, and what the runtime calls it."""
+
+    source: str
+    name: str
+    shape: Tuple[Dim, ...]
+    dtype: str
+
+    def to_json(self) -> Dict[str, Any]:
+        """Return the manifest's entry; permutation, scale and zero point are those of a float, unpermuted tensor."""
+        return {
+            "source": self.source,
+            "name": self.name,
+            "shape": list(self.shape),
+            "dtype": self.dtype,
+            "permutation": None,
+            "scale": None,
+            "zero_point": None,
+        }
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an exporter wrote into its folder: the file to load, all files, and the tensors.
+
+    notes: sentences for the manifest that a user should know (a layer left in float, a rounding).
+    """
+
+    entry: str
+    files: Tuple[str, ...]
+    inputs: Tuple[BoundTensor, ...]
+    outputs: Tuple[BoundTensor, ...]
+    versions: Mapping[str, str]
+    notes: Tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Census:
+    """What arithmetic an artifact really uses.
+
+    quantize_nodes: operators that quantize, dequantize or compute in integers. macs and integer_macs: multiply-
+    accumulates of one inference in all, and those computed on integers; None where a shape is unknown.
+    float_nodes: names of the compute operators (convolution, matrix product) that stayed in floating point.
+    """
+
+    quantize_nodes: int
+    macs: Optional[int]
+    integer_macs: Optional[int]
+    float_nodes: Tuple[str, ...]
+    method: str
+
+    def to_json(self) -> Dict[str, Any]:
+        share = None if not self.macs or self.integer_macs is None else self.integer_macs / self.macs
+        return {
+            "quantize_nodes": self.quantize_nodes,
+            "macs": self.macs,
+            "integer_macs": self.integer_macs,
+            "integer_macs_share": share,
+            "float_nodes": list(self.float_nodes),
+            "method": self.method,
+        }
+
+
+@dataclass(frozen=True)
+class Workload:
+    """How an artifact is measured. Times in seconds; *threads* is the runtime's intra-op count.
+
+    max_time_s caps one cell (all its processes, start-up included); None means no cap.
+    """
+
+    batch: int = 1
+    threads: int = 1
+    processes: int = 5
+    warmup_s: float = 0.25
+    min_time_s: float = 1.0
+    max_time_s: Optional[float] = None
+    shapes: Mapping[str, Tuple[int, ...]] = field(default_factory=dict)
+
+    def to_json(self) -> Dict[str, Any]:
+        return {
+            "batch": self.batch,
+            "threads": self.threads,
+            "processes": self.processes,
+            "warmup_s": self.warmup_s,
+            "min_time_s": self.min_time_s,
+            "max_time_s": self.max_time_s,
+            "shapes": {k: list(v) for k, v in self.shapes.items()},
+        }
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Workload:
+        values = dict(data)
+        values["shapes"] = {k: tuple(v) for k, v in data.get("shapes", {}).items()}
+        return Workload(**values)
+
+
+class Session:
+    """A loaded artifact. ``set_inputs`` binds once, untimed; ``infer`` does one inference and nothing else.
+
+    inputs and outputs name the runtime's own tensors. environment holds what the runtime says of itself
+    (threads, inference precision as read back): it is stored with every measurement.
+    """
+
+    inputs: Tuple[TensorSpec, ...]
+    outputs: Tuple[TensorSpec, ...]
+    environment: Dict[str, Any]
+
+    def set_inputs(self, arrays: Mapping[str, Any]) -> None:
+        """Bind *arrays* (runtime name -> ndarray of the runtime's shape and dtype)."""
+        raise NotImplementedError
+
+    def infer(self) -> None:
+        """Do one inference on the bound inputs, synchronously."""
+        raise NotImplementedError
+
+    def get_outputs(self) -> Dict[str, Any]:
+        """Return copies of the outputs of the last inference (runtime name -> ndarray)."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An artifact, or a bare file, as a device sees it: its folder, the file to load, and its tensors.
+
+    inputs and outputs are empty for a bare file: then the runtime's own names serve as source names.
+    """
+
+    directory: Path
+    entry: str
+    backend: str
+    precision: str
+    inputs: Tuple[BoundTensor, ...] = ()
+    outputs: Tuple[BoundTensor, ...] = ()
+
+    @property
+    def path(self) -> Path:
+        return self.directory / self.entry
+
+    def to_json(self) -> Dict[str, Any]:
+        return {
+            "directory": str(self.directory),
+            "entry": self.entry,
+            "backend": self.backend,
+            "precision": self.precision,
+            "inputs": [t.to_json() for t in self.inputs],
+            "outputs": [t.to_json() for t in self.outputs],
+        }
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Artifact:
+        def bound(entries: Sequence[Mapping[str, Any]]) -> Tuple[BoundTensor, ...]:
+            return tuple(BoundTensor(t["source"], t["name"], tuple(t["shape"]), t["dtype"]) for t in entries)
+
+        return Artifact(
+            Path(data["directory"]),
+            data["entry"],
+            data["backend"],
+            data["precision"],
+            bound(data["inputs"]),
+            bound(data["outputs"]),
+        )
+
+
+@dataclass(frozen=True)
+class Precision:
+    """One precision of a backend: what the word means there."""
+
+    meaning: str
+    calibrated: bool = False
+    """True where an export needs ranges from a calibration table."""
+    integer: bool = False
+    """True where an artifact without any integer arithmetic is a failed export."""
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """The static facts of a backend.
+
+    source_formats: of ``Source.format``. suffixes: of bare files that ``bench`` accepts for it.
+    host: where it can run ("any", or a platform's name).
+    """
+
+    source_formats: Tuple[str, ...]
+    precisions: Mapping[str, Precision]
+    suffixes: Tuple[str, ...] = ()
+    host: str = "any"
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One runtime and its file format, as functions.
+
+    probe(role): "export" or "run"; never raises; runs in a worker, so importing the runtime is fine.
+    lower(source, dir): once per model and graph kind, cached. export(graph, recipe, ranges, dir) writes the
+    files of one artifact. load(artifact, workload): a context manager of a Session. census(artifact, shapes):
+    counts integer arithmetic (shapes: source input name -> concrete shape). finish: builds the rest on the device.
+    example: the text of an ``example.py`` that needs only the runtime.
+    """
+
+    name: str
+    graph: str
+    capabilities: Capabilities
+    probe: Callable[[str], Union[Available, Unavailable]]
+    lower: Callable[[Source, Path], Graph]
+    export: Callable[[Graph, Recipe, Optional[Ranges], Path], Exported]
+    load: Callable[[Artifact, Workload], ContextManager[Session]]
+    census: Callable[[Artifact, Mapping[str, Tuple[int, ...]]], Census]
+    example: str
+    finish: Optional[Callable[[Artifact, Path], Path]] = None

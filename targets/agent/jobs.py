@@ -1,0 +1,228 @@
+"""The jobs that an agent does on a device: probe, describe, verify, measure, memory.
+
+Each takes JSON and progress(done, total), and answers with JSON; arrays go to ``.npy`` files named in the job.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, Mapping, Optional, Tuple
+
+import numpy as np
+
+from portcall.targets.agent import fingerprint, memory
+from portcall.targets.agent.contract import Artifact, Available, Backend, Session, Workload
+from portcall.targets.agent.errors import BadInput, CellFailed, UnavailableError
+from portcall.targets.agent.measure import run_loop
+from portcall.targets.agent.parity import ParityAccumulator
+
+Progress = Callable[[int, Optional[int]], None]
+
+CHECK_MARGIN_DB = 3.0
+CHECK_ENOUGH_DB = 60.0
+"""A target whose outputs are this close to the source's is right, even if the host was closer still."""
+
+
+def _backend(name: str) -> Backend:
+    backend = importlib.import_module(f"portcall.exporters.{name}").BACKEND
+    assert isinstance(backend, Backend)
+    return backend
+
+
+def probe(arguments: Mapping[str, Any], progress: Progress) -> Dict[str, Any]:
+    """Tell whether a backend can export or run here."""
+    found = _backend(arguments["backend"]).probe(arguments["role"])
+    if isinstance(found, Available):
+        return {"available": True, "version": found.version, "reason": None, "fix": None}
+    return {"available": False, "version": None, "reason": found.reason, "fix": found.fix}
+
+
+@contextmanager
+def _session(artifact: Artifact, workload: Workload) -> Iterator[Tuple[Session, Dict[str, int]]]:
+    """Yield a Session and what it took: ``baseline_bytes`` after importing the runtime, ``load_ns`` without it."""
+    backend = _backend(artifact.backend)
+    found = backend.probe("run")
+    if not isinstance(found, Available):
+        raise UnavailableError(found.reason, found.fix)
+    costs = {"baseline_bytes": memory.current_rss_bytes()}
+    start = time.perf_counter_ns()
+    with backend.load(artifact, workload) as session:
+        costs["load_ns"] = time.perf_counter_ns() - start
+        yield session, costs
+
+
+def describe(arguments: Mapping[str, Any], progress: Progress) -> Dict[str, Any]:
+    """Return the inputs and outputs of a bare file, as its runtime sees them."""
+    with _session(Artifact.from_json(arguments["artifact"]), Workload()) as (session, _):
+        return {
+            "inputs": [t.to_json() for t in session.inputs],
+            "outputs": [t.to_json() for t in session.outputs],
+        }
+
+
+class _Names:
+    """Source names to runtime names and back; the identity for a bare file."""
+
+    def __init__(self, artifact: Artifact, session: Session) -> None:
+        self.inputs = {t.source: t.name for t in artifact.inputs} or {t.name: t.name for t in session.inputs}
+        self.outputs = {t.name: t.source for t in artifact.outputs} or {t.name: t.name for t in session.outputs}
+        missing = sorted(set(self.inputs.values()) - {t.name for t in session.inputs})
+        if missing:
+            raise CellFailed(f"the loaded file has no input {missing[0]!r}: the manifest does not belong to it")
+
+    def bind(self, session: Session, arrays: Mapping[str, np.ndarray]) -> None:
+        session.set_inputs({name: np.ascontiguousarray(arrays[source]) for source, name in self.inputs.items()})
+
+    def results(self, session: Session) -> Dict[str, np.ndarray]:
+        return {self.outputs[name]: array for name, array in session.get_outputs().items() if name in self.outputs}
+
+
+def verify(arguments: Mapping[str, Any], progress: Progress) -> Dict[str, Any]:
+    """Run every sample through the artifact; return parity against the stored reference, and top-1 with labels.
+
+    samples: a folder of ``000000.npz`` (inputs by name, ``reference/NAME``) with ``index.json``.
+    head: how many of the first samples the artifact carries; their SQNR is what other targets are held to.
+    """
+    artifact = Artifact.from_json(arguments["artifact"])
+    folder = Path(arguments["samples"])
+    index = json.loads((folder / "index.json").read_text())
+    parity = ParityAccumulator([t.source for t in artifact.outputs])
+    head = ParityAccumulator([t.source for t in artifact.outputs])
+    labels = index["labels"]
+    correct = reference_correct = 0
+    with _session(artifact, Workload(threads=arguments["threads"])) as (session, _):
+        names = _Names(artifact, session)
+        for number in range(index["n"]):
+            with np.load(folder / f"{number:06d}.npz") as stored:
+                arrays = {k: stored[k] for k in stored.files}
+            reference = {k[10:]: v for k, v in arrays.items() if k.startswith("reference/")}
+            names.bind(session, arrays)
+            session.infer()
+            outputs = names.results(session)
+            parity.add(reference, outputs)
+            if number < arguments["head"]:
+                head.add(reference, outputs)
+            if labels is not None:
+                scores = _scores(outputs, artifact)
+                correct += int(scores.argmax() == labels[number])
+                reference_correct += int(_scores(reference, artifact).argmax() == labels[number])
+            progress(number + 1, index["n"])
+        environment = session.environment
+    n = index["n"]
+    top1 = None
+    if labels is not None:
+        top1 = {"metric": "top1", "n": n, "reference": reference_correct / n, "value": correct / n}
+    return {
+        "parity": parity.result(index["samples"]),
+        "head_sqnr_db": head.result(index["samples"])["sqnr_db"] if arguments["head"] else None,
+        "eval": top1,
+        "environment": environment,
+    }
+
+
+def _scores(outputs: Mapping[str, np.ndarray], artifact: Artifact) -> np.ndarray:
+    for tensor in artifact.outputs:
+        if outputs[tensor.source].ndim == 2:
+            return outputs[tensor.source][0]
+    raise BadInput("labels were given, but no output has rank 2 (samples x classes)", "Leave the labels out of --eval")
+
+
+def _inputs(path: str) -> Tuple[Dict[str, np.ndarray], Dict[str, np.ndarray]]:
+    """Return stacked inputs by source name, and stacked reference outputs (empty where there are none)."""
+    with np.load(path) as stored:
+        arrays = {k: stored[k] for k in stored.files}
+    reference = {k[10:]: v for k, v in arrays.items() if k.startswith("reference/")}
+    return {k: v for k, v in arrays.items() if not k.startswith("reference/")}, reference
+
+
+def _check(
+    names: _Names,
+    session: Session,
+    arguments: Mapping[str, Any],
+    limit: Optional[int],
+) -> None:
+    """Compare outputs with the source's on the artifact's samples. Raises CellFailed where this target is off."""
+    inputs, reference = _inputs(arguments["inputs"])
+    recorded = arguments.get("expected_sqnr_db")
+    if recorded is None or not reference:
+        return
+    parity = ParityAccumulator(list(reference))
+    for number in range(_count(reference, limit)):
+        names.bind(session, {k: v[number] for k, v in inputs.items()})
+        session.infer()
+        parity.add({k: v[number] for k, v in reference.items()}, names.results(session))
+    found = parity.result("samples")["sqnr_db"]
+    if found < min(recorded - CHECK_MARGIN_DB, CHECK_ENOUGH_DB):
+        raise CellFailed(
+            f"outputs on this target differ from the source: {found:.1f} dB where the export measured {recorded:.1f} dB",
+            "Run portcall verify on the host; if that passes, the runtime on this target computes something else",
+        )
+
+
+def _count(reference: Mapping[str, np.ndarray], limit: Optional[int]) -> int:
+    n = len(next(iter(reference.values())))
+    return n if limit is None else min(n, limit)
+
+
+def measure(arguments: Mapping[str, Any], progress: Progress) -> Dict[str, Any]:
+    """Measure one process: load, first inference, warm-up, the timed loop. Raw samples go to ``wall`` and ``cpu``.
+
+    deadline_s: seconds from the start of this job after which the loop ends.
+    """
+    started = time.perf_counter_ns()
+    artifact = Artifact.from_json(arguments["artifact"])
+    workload = Workload.from_json(arguments["workload"])
+    before = fingerprint.state()
+    with _session(artifact, workload) as (session, costs):
+        names = _Names(artifact, session)
+        inputs, _ = _inputs(arguments["inputs"])
+        names.bind(session, {k: v[0] for k, v in inputs.items()})
+        start = time.perf_counter_ns()
+        session.infer()
+        first_ns = time.perf_counter_ns() - start
+        _check(names, session, arguments, limit=1)
+        deadline_s = arguments.get("deadline_s")
+        samples = run_loop(
+            session.infer,
+            workload.warmup_s,
+            workload.min_time_s,
+            deadline_ns=None if deadline_s is None else started + int(deadline_s * 1e9),
+        )
+        environment = session.environment
+    np.save(arguments["wall"], samples.wall_ns)
+    np.save(arguments["cpu"], samples.cpu_ns)
+    return {
+        "n": int(samples.wall_ns.size),
+        "warmup": samples.warmup,
+        "load_ns": costs["load_ns"],
+        "first_ns": first_ns,
+        "environment": {
+            "machine": fingerprint.machine(),
+            "stack": {**fingerprint.stack(), **environment},
+            "state": {"before": before, "after": fingerprint.state()},
+        },
+    }
+
+
+def measure_memory(arguments: Mapping[str, Any], progress: Progress) -> Dict[str, Any]:
+    """Read memory in a process of its own: after importing the runtime, after load, and the high-water mark."""
+    artifact = Artifact.from_json(arguments["artifact"])
+    with _session(artifact, Workload.from_json(arguments["workload"])) as (session, costs):
+        loaded = memory.current_rss_bytes()
+        names = _Names(artifact, session)
+        inputs, _ = _inputs(arguments["inputs"])
+        names.bind(session, {k: v[0] for k, v in inputs.items()})
+        for _ in range(3):
+            session.infer()
+        peak = memory.peak_rss_bytes()
+        _check(names, session, arguments, limit=None)
+    return {
+        "method": memory.METHOD,
+        "baseline_bytes": costs["baseline_bytes"],
+        "model_bytes": loaded - costs["baseline_bytes"],
+        "peak_bytes": peak,
+    }

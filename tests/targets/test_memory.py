@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from portcall.targets.agent import memory
+from portcall.targets.agent.errors import UnavailableError
+
+PLANTED = 50 * 1024 * 1024
+NEAR = 1024 * 1024
+
+PLANT = f"""
+import json
+from portcall.targets.agent import memory
+def figures():
+    return [memory.current_rss_bytes(), memory.peak_rss_bytes(), memory.pss_bytes()]
+figures()
+did_reset = memory.reset_peak()
+before = figures()
+block = b"x" * {PLANTED}
+held = figures()
+del block
+freed = figures()
+did_reset_again = memory.reset_peak()
+print(json.dumps({{
+    "before": before, "held": held, "freed": freed, "reset": figures(),
+    "did_reset": did_reset and did_reset_again,
+}}))
+"""
+
+
+@pytest.mark.skipif(memory.METHOD != "VmHWM", reason="this system's /proc/self/status has no VmHWM")
+def test_a_planted_allocation_is_seen_within_1_mb() -> None:
+    """In a fresh process: one that ran before may reuse freed pages."""
+    answer = subprocess.run([sys.executable, "-c", PLANT], capture_output=True, check=True, timeout=60)
+    figures = json.loads(answer.stdout)
+    if not figures["did_reset"]:
+        pytest.skip("/proc/self/clear_refs cannot be written here")
+    for index, name in enumerate(("current", "peak", "pss")):
+        if figures["before"][index] is not None:
+            assert abs(figures["held"][index] - figures["before"][index] - PLANTED) < NEAR, name
+    current, peak, _ = figures["freed"]
+    assert abs(current - figures["before"][0]) < NEAR
+    assert abs(peak - figures["held"][1]) < NEAR
+    assert abs(figures["reset"][1] - current) < NEAR
+
+
+def test_the_peak_is_at_least_the_current_size_or_nearly() -> None:
+    assert memory.current_rss_bytes() > NEAR
+    assert memory.peak_rss_bytes() > memory.current_rss_bytes() - NEAR
+    assert memory.METHOD in ("VmHWM", "ru_maxrss")
+
+
+@pytest.mark.parametrize(("system", "unit"), [("Darwin", 1), ("Linux", 1024)])
+def test_without_proc_the_peak_is_ru_maxrss_in_the_systems_unit(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, system: str, unit: int
+) -> None:
+    import resource
+
+    monkeypatch.setattr(memory, "_PROC", tmp_path)
+    monkeypatch.setattr(memory, "METHOD", "ru_maxrss")
+    monkeypatch.setattr("platform.system", lambda: system)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    assert before <= memory.peak_rss_bytes() <= before + NEAR * unit
+    assert memory.reset_peak() is False
+    assert memory.pss_bytes() is None
+
+
+def test_without_proc_the_current_size_comes_from_ps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    called: list[list[str]] = []
+
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[bytes]:
+        called.append(command)
+        return subprocess.CompletedProcess(command, 0, stdout=b"  1234\n")
+
+    monkeypatch.setattr(memory, "_PROC", tmp_path)
+    monkeypatch.setattr(subprocess, "run", run)
+    assert memory.current_rss_bytes() == 1234 * 1024
+    assert called[0][0] == "ps"
+
+
+def test_with_neither_proc_nor_ps_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def run(*_: object, **__: object) -> None:
+        raise FileNotFoundError("ps")
+
+    monkeypatch.setattr(memory, "_PROC", tmp_path)
+    monkeypatch.setattr(subprocess, "run", run)
+    with pytest.raises(UnavailableError, match=r"no VmRSS in .* and ps failed"):
+        memory.current_rss_bytes()
+
+
+def test_a_reset_that_is_refused_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(memory, "METHOD", "VmHWM")
+    monkeypatch.setattr(memory, "_PROC", tmp_path / "absent")
+    assert memory.reset_peak() is False
