@@ -12,7 +12,7 @@ import numpy as np
 
 from portcall import artifact as artifacts
 from portcall.core import Artifact, BadInput, CellFailed, Outcome, PortcallError, outcome_of
-from portcall.targets.agent.jobs import CHECK_ENOUGH_DB, CHECK_MARGIN_DB
+from portcall.targets.agent.jobs import deviation
 from portcall.workspace import DataArgument, Workspace, open_source, read_data, run_reference
 
 
@@ -45,16 +45,19 @@ def run_verify(work: Workspace, folder: Path, evaluation: DataArgument | None) -
             samples = _own_samples(work, artifact, manifest)
         else:
             samples = _evaluation_samples(work, manifest, evaluation)
-        job = {"artifact": artifact.to_json(), "samples": str(samples), "head": 0, "threads": os.cpu_count() or 1}
+        expected = manifest["samples"]["sqnr_db"] if evaluation is None else []
+        job = {
+            "artifact": artifact.to_json(),
+            "samples": str(samples),
+            "head": len(expected),
+            "threads": os.cpu_count() or 1,
+        }
         label = f"verify {artifact.backend}:{artifact.precision}"
         found = work.call("portcall.targets.agent.jobs:verify", job, label, artifact.backend)
         result["parity"], result["eval"] = found["parity"], found["eval"]
-        expected = manifest["samples"]["sqnr_db"] if evaluation is None else None
-        if expected is not None and found["parity"]["sqnr_db"] < min(expected - CHECK_MARGIN_DB, CHECK_ENOUGH_DB):
-            raise CellFailed(
-                f"its outputs are {found['parity']['sqnr_db']:.1f} dB from the source's, the export measured {expected:.1f} dB",
-                "The runtime here computes something else: compare its version with the manifest's",
-            )
+        problem = deviation(expected, found["head_sqnr_db"])
+        if problem is not None:
+            raise CellFailed(problem, "Compare this runtime's version with the manifest's: it computes something else")
     except BadInput:
         raise
     except PortcallError as error:

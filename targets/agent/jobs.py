@@ -10,7 +10,7 @@ import json
 import time
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, Mapping, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -91,7 +91,7 @@ def verify(arguments: Mapping[str, Any], progress: Progress) -> Dict[str, Any]:
     folder = Path(arguments["samples"])
     index = json.loads((folder / "index.json").read_text())
     parity = ParityAccumulator([t.source for t in artifact.outputs])
-    head = ParityAccumulator([t.source for t in artifact.outputs])
+    head: List[float] = []
     labels = index["labels"]
     correct = reference_correct = 0
     with _session(artifact, Workload(threads=arguments["threads"])) as (session, _):
@@ -105,7 +105,7 @@ def verify(arguments: Mapping[str, Any], progress: Progress) -> Dict[str, Any]:
             outputs = names.results(session)
             parity.add(reference, outputs)
             if number < arguments["head"]:
-                head.add(reference, outputs)
+                head.append(_sqnr_db(reference, outputs))
             if labels is not None:
                 scores = _scores(outputs, artifact)
                 correct += int(scores.argmax() == labels[number])
@@ -118,7 +118,7 @@ def verify(arguments: Mapping[str, Any], progress: Progress) -> Dict[str, Any]:
         top1 = {"metric": "top1", "n": n, "reference": reference_correct / n, "value": correct / n}
     return {
         "parity": parity.result(index["samples"]),
-        "head_sqnr_db": head.result(index["samples"])["sqnr_db"] if arguments["head"] else None,
+        "head_sqnr_db": head,
         "eval": top1,
         "environment": environment,
     }
@@ -139,33 +139,37 @@ def _inputs(path: str) -> Tuple[Dict[str, np.ndarray], Dict[str, np.ndarray]]:
     return {k: v for k, v in arrays.items() if not k.startswith("reference/")}, reference
 
 
-def _check(
-    names: _Names,
-    session: Session,
-    arguments: Mapping[str, Any],
-    limit: Optional[int],
-) -> None:
+def _sqnr_db(reference: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]) -> float:
+    parity = ParityAccumulator(list(reference))
+    parity.add(reference, outputs)
+    return float(parity.result("one")["sqnr_db"])
+
+
+def deviation(expected_db: Sequence[float], found_db: Sequence[float]) -> Optional[str]:
+    """Say where outputs are further from the source's than the export measured, sample by sample; None if nowhere."""
+    for number, (expected, found) in enumerate(zip(expected_db, found_db)):
+        if found < min(expected - CHECK_MARGIN_DB, CHECK_ENOUGH_DB):
+            return (
+                f"outputs differ from the source's on sample {number}: "
+                f"{found:.1f} dB where the export measured {expected:.1f} dB"
+            )
+    return None
+
+
+def _check(names: _Names, session: Session, arguments: Mapping[str, Any], limit: Optional[int]) -> None:
     """Compare outputs with the source's on the artifact's samples. Raises CellFailed where this target is off."""
     inputs, reference = _inputs(arguments["inputs"])
-    recorded = arguments.get("expected_sqnr_db")
-    if recorded is None or not reference:
+    expected = arguments["expected_sqnr_db"][:limit]
+    if not reference:
         return
-    parity = ParityAccumulator(list(reference))
-    for number in range(_count(reference, limit)):
+    found = []
+    for number in range(len(expected)):
         names.bind(session, {k: v[number] for k, v in inputs.items()})
         session.infer()
-        parity.add({k: v[number] for k, v in reference.items()}, names.results(session))
-    found = parity.result("samples")["sqnr_db"]
-    if found < min(recorded - CHECK_MARGIN_DB, CHECK_ENOUGH_DB):
-        raise CellFailed(
-            f"outputs on this target differ from the source: {found:.1f} dB where the export measured {recorded:.1f} dB",
-            "Run portcall verify on the host; if that passes, the runtime on this target computes something else",
-        )
-
-
-def _count(reference: Mapping[str, np.ndarray], limit: Optional[int]) -> int:
-    n = len(next(iter(reference.values())))
-    return n if limit is None else min(n, limit)
+        found.append(_sqnr_db({k: v[number] for k, v in reference.items()}, names.results(session)))
+    problem = deviation(expected, found)
+    if problem is not None:
+        raise CellFailed(problem, "Compare this target's runtime version with the manifest's: it computes something else")
 
 
 def measure(arguments: Mapping[str, Any], progress: Progress) -> Dict[str, Any]:
@@ -185,6 +189,7 @@ def measure(arguments: Mapping[str, Any], progress: Progress) -> Dict[str, Any]:
         session.infer()
         first_ns = time.perf_counter_ns() - start
         _check(names, session, arguments, limit=1)
+        names.bind(session, {k: v[0] for k, v in inputs.items()})
         deadline_s = arguments.get("deadline_s")
         samples = run_loop(
             session.infer,
