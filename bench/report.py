@@ -26,7 +26,19 @@ def align(header: Row, rows: Sequence[Row], left: int = 2) -> str:
 
 def export_table(results: Sequence[Mapping[str, Any]]) -> str:
     """Return the table of ``export`` and ``verify``."""
-    header = ["backend", "precision", "outcome", "size MB", "SQNR dB", "worst dB", "agree %", "n", "int MACs %", "top-1 %", "note"]
+    header = [
+        "backend",
+        "precision",
+        "outcome",
+        "size MB",
+        "SQNR dB",
+        "worst dB",
+        "agree %",
+        "n",
+        "int MACs %",
+        "top-1 %",
+        "note",
+    ]
     rows = []
     for r in results:
         parity, top1 = r.get("parity"), r.get("eval")
@@ -66,9 +78,9 @@ def bench_table(results: Sequence[Mapping[str, Any]]) -> str:
                 r["precision"],
                 r["outcome"],
                 _megabytes(r["size_bytes"]),
-                *(_number(_ms(latency.get(key)), 2) for key in ("p50_ns", "p95_ns", "p99_ns")),
+                *(_milliseconds(latency.get(key)) for key in ("p50_ns", "p95_ns", "p99_ns")),
                 f"{latency['n']}/{latency['processes']}p" if latency else ABSENT,
-                f"{interval[0] / 1e6:.2f}-{interval[1] / 1e6:.2f}" if interval else ABSENT,
+                "-".join(map(_milliseconds, interval)) if interval else ABSENT,
                 _megabytes(memory and memory["peak_bytes"]),
                 _percent(parity and parity["agreement"]),
                 _number(parity and parity["sqnr_db"], 1),
@@ -108,11 +120,16 @@ def doctor_table(backends: Sequence[Mapping[str, Any]], targets: Sequence[Mappin
 def _note(result: Mapping[str, Any]) -> str:
     if result["reason"]:
         return f"{result['reason']}; fix: {result['fix']}" if result["fix"] else str(result["reason"])
-    return "; ".join(result.get("warnings") or [])
+    # Why an interval of another percentile is absent is told in the JSON; the table shows that of P50 only.
+    return "; ".join(w for w in result.get("warnings") or [] if not w.startswith("no interval for p9"))
 
 
-def _ms(nanoseconds: float | None) -> float | None:
-    return None if nanoseconds is None else nanoseconds / 1e6
+def _milliseconds(nanoseconds: float | None) -> str:
+    """Two decimals, or three significant digits below 1 ms."""
+    if nanoseconds is None:
+        return ABSENT
+    value = nanoseconds / 1e6
+    return f"{value:.2f}" if value >= 1 else f"{value:.3g}"
 
 
 def _megabytes(size: float | None) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,16 @@ import numpy as np
 
 from portcall import artifact as artifacts
 from portcall.bench.statistics import percentile, summarize
-from portcall.core import Artifact, BadInput, CellFailed, Outcome, PortcallError, TensorSpec, Workload, outcome_of
+from portcall.core import (
+    Artifact,
+    BadInput,
+    CellFailed,
+    Outcome,
+    PortcallError,
+    TensorSpec,
+    Workload,
+    outcome_of,
+)
 from portcall.exporters import backend_names, get_backend
 from portcall.source import fits, single_sample_shape
 from portcall.targets import Driver, get_target
@@ -36,6 +46,7 @@ class _Subject:
     answers: list[dict[str, Any]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     spent_s: float = 0.0
+    startup_s: float = 0.0
 
     @property
     def expected_sqnr_db(self) -> list[float]:
@@ -57,21 +68,21 @@ def run_bench(
     all alike. output: a folder for ``bench.json`` and the raw samples. Raises BadInput for unusable specs.
     """
     driver = get_target(target).driver(work)
-    subjects = [_open(spec) for spec in specs]
+    subjects = [_open(path) for spec in specs for path in _artifacts_in(Path(spec))]
     for number, subject in enumerate(subjects):
-        _attempt(subject, lambda s=subject, n=number: _find_inputs(work, driver, s, data, workload, n))
+        _attempt(subject, partial(_find_inputs, work, driver, subject, data, workload, number))
     for subject in subjects:
-        _attempt(subject, lambda s=subject: _measure_memory(driver, s, workload))
+        _attempt(subject, partial(_measure_memory, driver, subject, workload))
     for number in range(workload.processes):
         for subject in subjects:
-            _attempt(subject, lambda s=subject, n=number: _measure(work, driver, s, workload, n))
+            _attempt(subject, partial(_measure, work, driver, subject, workload, number))
     results = [_result(subject, target, workload) for subject in subjects]
     if output is not None:
         _save(output, subjects, results)
     return results
 
 
-def _attempt(subject: _Subject, action: Any) -> None:
+def _attempt(subject: _Subject, action: Callable[[], None]) -> None:
     """Do one step for a subject that has not failed; its error ends this cell alone."""
     if subject.error is not None:
         return
@@ -83,8 +94,18 @@ def _attempt(subject: _Subject, action: Any) -> None:
         subject.error = error
 
 
-def _open(spec: str) -> _Subject:
-    path = Path(spec)
+def _artifacts_in(path: Path) -> list[Path]:
+    """Return the artifacts of a folder that ``export -o`` wrote, else *path* itself."""
+    if path.is_dir() and not (path / artifacts.MANIFEST).exists():
+        found = sorted(p.parent for p in path.glob(f"*/{artifacts.MANIFEST}"))
+        if not found:
+            raise BadInput(f"{path} holds no artifact", "Give a folder written by portcall export")
+        return found
+    return [path]
+
+
+def _open(path: Path) -> _Subject:
+    spec = str(path)
     if path.is_dir():
         manifest = artifacts.read_manifest(path)
         artifact = Artifact.from_json({"directory": str(path.resolve()), **manifest})
@@ -96,29 +117,50 @@ def _open(spec: str) -> _Subject:
             subject.error = error
         return subject
     if not path.is_file():
-        raise BadInput(f"no artifact or model file {spec!r}", "Give a folder written by portcall export, or a model file")
+        raise BadInput(
+            f"no artifact or model file {spec!r}", "Give a folder written by portcall export, or a model file"
+        )
     for name in backend_names():
         if path.suffix in get_backend(name).capabilities.suffixes:
             return _Subject(spec, Artifact(path.resolve().parent, path.name, name, "as is"), None, path.name)
     suffixes = sorted({s for name in backend_names() for s in get_backend(name).capabilities.suffixes})
-    raise BadInput(f"no backend measures {path.name!r}", f"Give an artifact folder or a file of {', '.join(suffixes)}")
+    raise BadInput(
+        f"no backend measures {path.name!r}", f"Give an artifact folder or a file of {', '.join(suffixes)}"
+    )
 
 
 def _find_inputs(
-    work: Workspace, driver: Driver, subject: _Subject, data: DataArgument | None, workload: Workload, number: int
+    work: Workspace,
+    driver: Driver,
+    subject: _Subject,
+    data: DataArgument | None,
+    workload: Workload,
+    number: int,
 ) -> None:
     """Set the file of inputs: --data, else the artifact's samples, else random ones (never for integer inputs)."""
     artifact = subject.artifact
-    if subject.manifest is not None and data is None and subject.manifest["samples"]["n"] and not workload.shapes:
+    if (
+        subject.manifest is not None
+        and data is None
+        and subject.manifest["samples"]["n"]
+        and not workload.shapes
+    ):
         subject.inputs = artifact.directory / artifacts.SAMPLES
         return
     if subject.manifest is not None:
         specs = [TensorSpec(t.source, t.shape, t.dtype) for t in artifact.inputs]
     else:
-        found = driver.run("describe", {"artifact": artifact.to_json()}, f"open {subject.label}", artifact.backend)
+        found = driver.run(
+            "describe", {"artifact": artifact.to_json()}, f"open {subject.label}", artifact.backend
+        )
         specs = [TensorSpec.from_json(t) for t in found["inputs"]]
     path = work.folder / f"inputs-{number}.npz"
-    job: dict[str, Any] = {"inputs": [t.to_json() for t in specs], "path": str(path), "data": None, "shapes": {}}
+    job: dict[str, Any] = {
+        "inputs": [t.to_json() for t in specs],
+        "path": str(path),
+        "data": None,
+        "shapes": {},
+    }
     if data is not None:
         job["data"] = {"spec": data.spec, "preprocess": data.preprocess}
     else:
@@ -141,13 +183,19 @@ def _shapes(
     known = {t.name for t in specs}
     for name in given:
         if name not in known:
-            raise BadInput(f"--shape names no input {name!r} of {label}", f"Its inputs: {', '.join(map(str, specs))}")
+            raise BadInput(
+                f"--shape names no input {name!r} of {label}", f"Its inputs: {', '.join(map(str, specs))}"
+            )
     for spec in specs:
         shape = given.get(spec.name) or single_sample_shape(spec)
         if shape is None:
-            raise BadInput(f"input {spec} of {label} has dynamic dimensions", f"Give --shape {spec.name}=1x128")
+            raise BadInput(
+                f"input {spec} of {label} has dynamic dimensions", f"Give --shape {spec.name}=1x128"
+            )
         if not fits(spec.shape, shape):
-            raise BadInput(f"--shape {spec.name}={'x'.join(map(str, shape))} does not fit {spec}", "Correct it")
+            raise BadInput(
+                f"--shape {spec.name}={'x'.join(map(str, shape))} does not fit {spec}", "Correct it"
+            )
         shapes[spec.name] = shape
     return shapes
 
@@ -173,13 +221,15 @@ def _measure(work: Workspace, driver: Driver, subject: _Subject, workload: Workl
     job = {**_job(subject, workload), **{k: str(v) for k, v in files.items()}, "deadline_s": None}
     if workload.max_time_s is not None:
         left = workload.max_time_s - subject.spent_s
-        job["deadline_s"] = max(0.0, left / (workload.processes - number))
+        job["deadline_s"] = max(0.0, left / (workload.processes - number) - subject.startup_s)
     label = f"time {subject.label} {number + 1}/{workload.processes}"
     answer = driver.run("measure", job, label, subject.artifact.backend)
     subject.answers.append(answer)
     subject.wall.append(np.load(files["wall"]))
     subject.cpu.append(np.load(files["cpu"]))
-    subject.spent_s += time.monotonic() - start
+    took_s = time.monotonic() - start
+    subject.spent_s += took_s
+    subject.startup_s = took_s - answer["elapsed_s"]
 
 
 def _result(subject: _Subject, target: str, workload: Workload) -> dict[str, Any]:
@@ -199,14 +249,18 @@ def _result(subject: _Subject, target: str, workload: Workload) -> dict[str, Any
         "throughput_per_s": None,
         "memory": subject.memory,
         "environment": None,
-        "size_bytes": subject.artifact.path.stat().st_size if manifest is None else artifacts.model_bytes(manifest),
+        "size_bytes": subject.artifact.path.stat().st_size
+        if manifest is None
+        else artifacts.model_bytes(manifest),
         "parity": None if manifest is None else manifest["parity"],
         "workload": workload.to_json(),
         "warnings": subject.warnings,
     }
     if subject.error is not None:
         result.update(
-            outcome=outcome_of(subject.error).value, reason=subject.error.message, fix=subject.error.fix or None
+            outcome=outcome_of(subject.error).value,
+            reason=subject.error.message,
+            fix=subject.error.fix or None,
         )
         return result
     latency, warnings = summarize(subject.wall)
@@ -227,9 +281,11 @@ def _save(output: Path, subjects: Sequence[_Subject], results: Sequence[Mapping[
     try:
         raw.mkdir(parents=True)
         for number, subject in enumerate(subjects):
-            arrays = {f"wall_ns_{i}": a for i, a in enumerate(subject.wall)}
+            arrays: dict[str, Any] = {f"wall_ns_{i}": a for i, a in enumerate(subject.wall)}
             arrays |= {f"cpu_ns_{i}": a for i, a in enumerate(subject.cpu)}
             np.savez_compressed(raw / f"{number:03d}-{subject.label.replace(':', '-')}.npz", **arrays)
         artifacts.write_json(output / "bench.json", {"schema": 1, "results": list(results)})
     except OSError as error:
-        raise CellFailed(f"cannot write {output}: {error.strerror}", "Free space there or choose another -o") from error
+        raise CellFailed(
+            f"cannot write {output}: {error.strerror}", "Free space there or choose another -o"
+        ) from error

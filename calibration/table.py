@@ -106,9 +106,12 @@ class CalibrationTable:
                 table = json.loads(archive.read("table.json"))
                 if table["schema"] != SCHEMA:
                     raise BadInput(
-                        f"{path} has schema {table['schema']!r}, this portcall reads {SCHEMA}", "Calibrate again"
+                        f"{path} has schema {table['schema']!r}, this portcall reads {SCHEMA}",
+                        "Calibrate again",
                     )
-                sections = [_section(archive, number, entry) for number, entry in enumerate(table["sections"])]
+                sections = [
+                    _section(archive, number, entry) for number, entry in enumerate(table["sections"])
+                ]
         except (zipfile.BadZipFile, KeyError, TypeError, ValueError) as error:
             raise BadInput(f"{path} is not a calibration table: {error}", "Calibrate again") from error
         return CalibrationTable({s.graph_sha256: s for s in sections})
@@ -116,7 +119,9 @@ class CalibrationTable:
 
 def _section(archive: zipfile.ZipFile, number: int, entry: Mapping[str, Any]) -> Section:
     def array(name: str) -> np.ndarray[Any, np.dtype[np.float64]]:
-        found: np.ndarray[Any, Any] = np.load(io.BytesIO(archive.read(f"{number}/{name}.npy")), allow_pickle=False)
+        found: np.ndarray[Any, Any] = np.load(
+            io.BytesIO(archive.read(f"{number}/{name}.npy")), allow_pickle=False
+        )
         return found
 
     return Section(

@@ -26,5 +26,7 @@ def get_backend(name: str) -> Backend:
             f"Did you mean {near[0]!r}?" if near else "portcall doctor shows what works here",
         )
     backend = importlib.import_module(f"{__name__}.{name}").BACKEND
-    assert isinstance(backend, Backend) and backend.name == name, f"{name}.BACKEND must be a Backend of that name"
+    assert isinstance(backend, Backend) and backend.name == name, (
+        f"{name}.BACKEND must be a Backend of that name"
+    )
     return backend

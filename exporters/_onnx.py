@@ -76,7 +76,9 @@ def _optimize(raw: Path, path: Path) -> None:
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     options.optimized_model_filepath = str(path)
     options.log_severity_level = 3
-    options.add_session_config_entry("session.optimized_model_external_initializers_file_name", path.name + ".data")
+    options.add_session_config_entry(
+        "session.optimized_model_external_initializers_file_name", path.name + ".data"
+    )
     ort.InferenceSession(str(raw), options, providers=["CPUExecutionProvider"])
     before = onnx.load(str(raw), load_external_data=False)
     model = onnx.load(str(path))
@@ -153,7 +155,9 @@ def census(path: Path, shapes: Mapping[str, Tuple[int, ...]]) -> Census:
     del model.graph.value_info[:]
     sizes = _shapes(onnx.shape_inference.infer_shapes(model, data_prop=True))
     made_by = {name: node for node in model.graph.node for name in node.output}
-    quantize = sum(n.op_type in ("QuantizeLinear", "DequantizeLinear", *INTEGER_OPS) for n in model.graph.node)
+    quantize = sum(
+        n.op_type in ("QuantizeLinear", "DequantizeLinear", *INTEGER_OPS) for n in model.graph.node
+    )
     total: Optional[int] = 0
     integer: Optional[int] = 0
     floats: List[str] = []
@@ -174,7 +178,9 @@ def census(path: Path, shapes: Mapping[str, Tuple[int, ...]]) -> Census:
 def _shapes(model: Any) -> Dict[str, Tuple[Dim, ...]]:
     values = [*model.graph.value_info, *model.graph.input, *model.graph.output]
     shapes: Dict[str, Tuple[Dim, ...]] = {
-        v.name: tuple(d.dim_value if d.HasField("dim_value") else d.dim_param for d in v.type.tensor_type.shape.dim)
+        v.name: tuple(
+            d.dim_value if d.HasField("dim_value") else d.dim_param for d in v.type.tensor_type.shape.dim
+        )
         for v in values
     }
     shapes.update({t.name: tuple(t.dims) for t in model.graph.initializer})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
-from portcall.targets.agent.contract import Census, Ranges, Source
+from portcall.targets.agent.contract import Census, Ranges, Source, TensorSpec
 from portcall.targets.agent.errors import CellFailed, UnsupportedError
 
 COMPUTE_OPS = ("CONV_2D", "DEPTHWISE_CONV_2D", "TRANSPOSE_CONV", "CONV_3D", "FULLY_CONNECTED", "BATCH_MATMUL")
@@ -39,28 +39,59 @@ def _write(model: Any) -> bytes:
     return bytes(builder.Output())
 
 
-def with_source_names(flatbuffer: bytes, source: Source) -> bytes:
-    """Return the flatbuffer with one signature whose inputs and outputs carry the source's names.
+def with_source_interface(flatbuffer: bytes, source: Source) -> bytes:
+    """Return the flatbuffer with one signature whose inputs and outputs carry the source's names and dtypes.
 
-    The converter numbers them (args_0, output_0); its order is that of the exported program.
+    The converter numbers them (args_0, output_0) in the order of the exported program, and narrows int64 to int32:
+    a CAST at either end keeps the source's dtype.
     """
     model = _read(flatbuffer)
     signature, graph = model.signatureDefs[0], model.subgraphs[0]
-    by_index = {m.tensorIndex: m for m in signature.inputs}
-    if len(by_index) != len(source.inputs) or len(signature.outputs) != len(source.outputs):
-        raise UnsupportedError(
-            f"the converter kept {len(by_index)} of {len(source.inputs)} inputs and {len(signature.outputs)} of "
-            f"{len(source.outputs)} outputs",
-            "Remove unused inputs and repeated outputs from the model",
-        )
-    for index, spec in zip(graph.inputs, source.inputs):
-        by_index[index].name = spec.name.encode()
-    outputs = {m.tensorIndex: m for m in signature.outputs}
-    if len(outputs) != len(source.outputs):
-        raise UnsupportedError("two outputs are the same tensor", "Return each tensor once")
-    for index, spec in zip(graph.outputs, source.outputs):
-        outputs[index].name = spec.name.encode()
+    for maps, indices, specs, end in (
+        (signature.inputs, graph.inputs, source.inputs, "input"),
+        (signature.outputs, graph.outputs, source.outputs, "output"),
+    ):
+        by_index = {m.tensorIndex: m for m in maps}
+        if len(by_index) != len(specs) or len(indices) != len(specs):
+            raise UnsupportedError(
+                f"the converter kept {len(by_index)} of {len(specs)} {end}s",
+                f"Remove unused or repeated {end}s",
+            )
+        for position, spec in enumerate(specs):
+            entry = by_index[indices[position]]
+            entry.name = spec.name.encode()
+            entry.tensorIndex = indices[position] = _with_dtype(model, indices[position], spec, end)
     return _write(model)
+
+
+def _with_dtype(model: Any, index: int, spec: TensorSpec, end: str) -> int:
+    """Return the index of a tensor of the source's dtype, joined to tensor *index* by a CAST if that is narrower."""
+    import copy
+
+    from ai_edge_litert.schema_py_generated import BuiltinOperator, OperatorCodeT, OperatorT, TensorType
+
+    graph = model.subgraphs[0]
+    inner = graph.tensors[index]
+    wanted = getattr(TensorType, spec.dtype.upper(), None)
+    if inner.type == wanted:
+        return index
+    if (spec.dtype, inner.type) != ("int64", TensorType.INT32):
+        raise UnsupportedError(
+            f"LiteRT has no {end} of {spec}", "Cast it to float32 or int64 inside the model"
+        )
+    outer = copy.copy(inner)
+    outer.type, outer.name, outer.buffer = wanted, inner.name + b"_int64", 0
+    graph.tensors.append(outer)
+    code = OperatorCodeT()
+    code.builtinCode = code.deprecatedBuiltinCode = BuiltinOperator.CAST
+    code.version = 1
+    model.operatorCodes.append(code)
+    cast = OperatorT()
+    cast.opcodeIndex = len(model.operatorCodes) - 1
+    ends = [len(graph.tensors) - 1, index]
+    cast.inputs, cast.outputs = (ends[:1], ends[1:]) if end == "input" else (ends[1:], ends[:1])
+    graph.operators.insert(0 if end == "input" else len(graph.operators), cast)
+    return ends[0]
 
 
 def tapped_tensors(path: Path) -> Dict[int, str]:
@@ -91,21 +122,27 @@ def quantize(path: Path, precision: str, ranges: Optional[Ranges]) -> bytes:
     if precision == "fp16":
         weights = qtyping.TensorQuantizationConfig(num_bits=16, dtype=qtyping.TensorDataType.FLOAT)
         config = qtyping.OpQuantizationConfig(
-            weight_tensor_config=weights, compute_precision=qtyping.ComputePrecision.FLOAT, explicit_dequantize=True
+            weight_tensor_config=weights,
+            compute_precision=qtyping.ComputePrecision.FLOAT,
+            explicit_dequantize=True,
         )
         work.update_quantization_recipe(".*", everything, config, AlgorithmName.FLOAT_CASTING)
     elif precision == "int8-dynamic":
         work.load_quantization_recipe(recipe.dynamic_wi8_afp32())
     else:
         assert ranges is not None
-        work.load_quantization_recipe(recipe.static_wi8_ai8() if precision == "int8" else recipe.static_wi8_ai16())
+        work.load_quantization_recipe(
+            recipe.static_wi8_ai8() if precision == "int8" else recipe.static_wi8_ai16()
+        )
         for end in (qtyping.TFLOperationName.INPUT, qtyping.TFLOperationName.OUTPUT):
             work.update_quantization_recipe(".*", end, algorithm_key=AlgorithmName.NO_QUANTIZE)
         graph = _read(path.read_bytes()).subgraphs[0]
         calibration = {}
         for index, name in tapped_tensors(path).items():
             if name not in ranges:
-                raise CellFailed(f"the calibration table lacks tensor {name!r}", "Calibrate again: --for tflite")
+                raise CellFailed(
+                    f"the calibration table lacks tensor {name!r}", "Calibrate again: --for tflite"
+                )
             shape = (1,) * len(graph.tensors[index].shape)
             calibration[name] = {
                 "min": np.full(shape, ranges[name].minimum, np.float32),

@@ -50,7 +50,8 @@ def lower(source: Source, directory: Path) -> Graph:
             node = made_by[name]
             if node.op_type != "Identity":
                 raise UnsupportedError(
-                    f"null copies inputs; {node.op_type} {node.name!r} computes", "Use a backend that runs models"
+                    f"null copies inputs; {node.op_type} {node.name!r} computes",
+                    "Use a backend that runs models",
                 )
             name = node.input[0]
         copies[output.name] = name
@@ -76,7 +77,9 @@ class NullSession(Session):
         self._copies: Dict[str, str] = model["copies"]
         self.inputs = tuple(TensorSpec.from_json(t) for t in model["inputs"])
         by_name = {t.name: t for t in self.inputs}
-        self.outputs = tuple(TensorSpec(o, by_name[i].shape, by_name[i].dtype) for o, i in self._copies.items())
+        self.outputs = tuple(
+            TensorSpec(o, by_name[i].shape, by_name[i].dtype) for o, i in self._copies.items()
+        )
         self.environment = {"runtime": "null 1"}
 
     def set_inputs(self, arrays: Mapping[str, Any]) -> None:

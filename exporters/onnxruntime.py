@@ -60,7 +60,9 @@ def export(graph: Graph, recipe: Recipe, ranges: Optional[Ranges], directory: Pa
     elif recipe.precision == "fp16":
         from onnxruntime.transformers.float16 import convert_float_to_float16
 
-        model = convert_float_to_float16(onnx.load(str(graph.path)), keep_io_types=True, disable_shape_infer=True)
+        model = convert_float_to_float16(
+            onnx.load(str(graph.path)), keep_io_types=True, disable_shape_infer=True
+        )
         files = _onnx.save(model, path)
         notes = ("fp16 is storage: the CPU computes in float32 on weights rounded to fp16",)
     else:

@@ -196,7 +196,9 @@ BACKEND = Backend(
             "fp32": Precision("float32 (inference precision pinned)"),
             "fp16": Precision("storage: fp16 on disk, float32 arithmetic"),
             "int8": Precision(
-                "from Q/DQ: uint8 asymmetric activations, int8 per-channel weights", calibrated=True, integer=True
+                "from Q/DQ: uint8 asymmetric activations, int8 per-channel weights",
+                calibrated=True,
+                integer=True,
             ),
         },
         suffixes=(".xml",),

@@ -58,7 +58,7 @@ def lower(source: Source, directory: Path) -> Graph:
     model = litert_torch.convert(program.module(check_guards=False), tuple(args), dict(kwargs) or None)
     path = directory / "graph.tflite"
     model.export(str(path))
-    path.write_bytes(_tflite.with_source_names(path.read_bytes(), source))
+    path.write_bytes(_tflite.with_source_interface(path.read_bytes(), source))
     names = {t.name: t.name for t in [*source.inputs, *source.outputs]}
     return Graph("tflite", path, hashlib.sha256(path.read_bytes()).hexdigest(), source, names)
 
@@ -167,9 +167,15 @@ BACKEND = Backend(
         precisions={
             "fp32": Precision("float32"),
             "fp16": Precision("storage: fp16 on disk, float32 arithmetic"),
-            "int8-dynamic": Precision("hybrid: int8 weights, activations quantized at run time", integer=True),
-            "int8": Precision("int8 asymmetric activations, int8 per-channel weights", calibrated=True, integer=True),
-            "int16x8": Precision("int16 symmetric activations, int8 per-channel weights", calibrated=True, integer=True),
+            "int8-dynamic": Precision(
+                "hybrid: int8 weights, activations quantized at run time", integer=True
+            ),
+            "int8": Precision(
+                "int8 asymmetric activations, int8 per-channel weights", calibrated=True, integer=True
+            ),
+            "int16x8": Precision(
+                "int16 symmetric activations, int8 per-channel weights", calibrated=True, integer=True
+            ),
         },
         suffixes=(".tflite",),
     ),

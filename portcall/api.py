@@ -22,7 +22,15 @@ from portcall.progress import Reporter
 from portcall.targets import get_target, target_names
 from portcall.targets.agent.contract import Session
 from portcall.verification import run_verify
-from portcall.workspace import DataArgument, lower, observe, open_source, open_workspace, read_data, with_data_shapes
+from portcall.workspace import (
+    DataArgument,
+    lower,
+    observe,
+    open_source,
+    open_workspace,
+    read_data,
+    with_data_shapes,
+)
 
 SCHEMA = 1
 TIMEOUT_S = 1800.0
@@ -156,13 +164,21 @@ def doctor(*, timeout_s: float = 120.0) -> dict[str, Any]:
     entries = []
     with open_workspace(Reporter(False), timeout_s) as work:
         for name in backend_names():
-            entry: dict[str, Any] = {"name": name, "precisions": list(get_backend(name).capabilities.precisions)}
+            entry: dict[str, Any] = {
+                "name": name,
+                "precisions": list(get_backend(name).capabilities.precisions),
+            }
             for role in ("export", "run"):
                 job = {"backend": name, "role": role}
                 try:
                     entry[role] = work.call("portcall.targets.agent.jobs:probe", job, f"probe {name}", name)
                 except PortcallError as error:
-                    entry[role] = {"available": False, "version": None, "reason": error.message, "fix": error.fix}
+                    entry[role] = {
+                        "available": False,
+                        "version": None,
+                        "reason": error.message,
+                        "fix": error.fix,
+                    }
             entries.append(entry)
     targets = [{"name": n, "description": get_target(n).description} for n in target_names()]
     return {"schema": SCHEMA, "backends": entries, "targets": targets}
@@ -181,10 +197,15 @@ class LoadedArtifact:
         arrays = {}
         for tensor in self._artifact.inputs:
             if tensor.source not in inputs:
-                raise BadInput(f"no input {tensor.source!r} given", f"Give: {', '.join(t.source for t in self.inputs)}")
+                raise BadInput(
+                    f"no input {tensor.source!r} given", f"Give: {', '.join(t.source for t in self.inputs)}"
+                )
             array = np.ascontiguousarray(inputs[tensor.source])
             if array.dtype != np.dtype(tensor.dtype):
-                raise BadInput(f"input {tensor.source!r} is {array.dtype}, not {tensor.dtype}", f"Use .astype({tensor.dtype!r})")
+                raise BadInput(
+                    f"input {tensor.source!r} is {array.dtype}, not {tensor.dtype}",
+                    f"Use .astype({tensor.dtype!r})",
+                )
             arrays[tensor.name] = array
         self._session.set_inputs(arrays)
         self._session.infer()

@@ -49,12 +49,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text())
     except FileNotFoundError as error:
-        raise BadInput(f"{folder} is not an artifact: it has no {MANIFEST}", "Give a folder written by portcall export") from error
+        raise BadInput(
+            f"{folder} is not an artifact: it has no {MANIFEST}", "Give a folder written by portcall export"
+        ) from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise BadInput(f"{path} is not valid JSON: {error}", "Export the artifact again") from error
     if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
         found = manifest.get("schema") if isinstance(manifest, dict) else None
-        raise BadInput(f"{path} has schema {found!r}, this portcall reads {SCHEMA}", "Export again, or use the portcall that wrote it")
+        raise BadInput(
+            f"{path} has schema {found!r}, this portcall reads {SCHEMA}",
+            "Export again, or use the portcall that wrote it",
+        )
     try:
         names = [manifest["entry"], *manifest["files"]]
         Artifact.from_json({"directory": str(folder), **manifest})
@@ -62,7 +67,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise BadInput(f"{path} lacks {error}", "Export the artifact again") from error
     for name in names:
         if Path(name).name != name or name in (".", ".."):
-            raise BadInput(f"{path} names {name!r}, which is outside the artifact", "Do not use this artifact")
+            raise BadInput(
+                f"{path} names {name!r}, which is outside the artifact", "Do not use this artifact"
+            )
     return manifest
 
 
@@ -77,7 +84,9 @@ def open_artifact(folder: Path) -> tuple[Artifact, dict[str, Any]]:
         if not path.is_file() or path.is_symlink():
             raise CellFailed(f"{folder} lacks its file {name}", "Copy the artifact again, whole")
         if sha256_file(path) != entry["sha256"]:
-            raise CellFailed(f"{path} is not the file that was exported (sha256 differs)", "Copy or export it again")
+            raise CellFailed(
+                f"{path} is not the file that was exported (sha256 differs)", "Copy or export it again"
+            )
     return Artifact.from_json({"directory": str(folder), **manifest}), manifest
 
 

@@ -49,7 +49,12 @@ unavailable; 130 interrupted""",
     _export(commands)
     _verify(commands)
     _bench(commands)
-    completion = _command(commands, "completion", "print a shell completion script", "portcall completion bash > ~/.local/share/bash-completion/completions/portcall")
+    completion = _command(
+        commands,
+        "completion",
+        "print a shell completion script",
+        "portcall completion bash > ~/.local/share/bash-completion/completions/portcall",
+    )
     completion.add_argument("shell", choices=["bash", "zsh", "tcsh"])
     return parser
 
@@ -64,17 +69,28 @@ def _command(commands: Any, name: str, help_text: str, example: str) -> argparse
     )
     if name != "completion":
         parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-        parser.add_argument("--timeout", type=_seconds, default=1800.0, metavar="S", help="for each worker (default 1800 s)")
+        parser.add_argument(
+            "--timeout", type=_seconds, default=1800.0, metavar="S", help="for each worker (default 1800 s)"
+        )
     return parser
 
 
 def _model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preprocess", metavar="NAME", help="named preprocessing for a folder of images")
-    parser.add_argument("--shape", type=_shape, action="append", default=[], metavar="NAME=1x128", help="shape of an input with dynamic dimensions (repeatable)")
+    parser.add_argument(
+        "--shape",
+        type=_shape,
+        action="append",
+        default=[],
+        metavar="NAME=1x128",
+        help="shape of an input with dynamic dimensions (repeatable)",
+    )
 
 
 def _doctor(commands: Any) -> None:
-    parser = _command(commands, "doctor", "show what can be exported and run here, with reason and fix", "portcall doctor")
+    parser = _command(
+        commands, "doctor", "show what can be exported and run here, with reason and fix", "portcall doctor"
+    )
     parser.set_defaults(run=_run_doctor)
 
 
@@ -87,8 +103,17 @@ def _calibrate(commands: Any) -> None:
     )
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("--data", required=True, help=DATA_HELP)
-    parser.add_argument("--for", dest="kinds", action="append", default=[], metavar="BACKEND", help="also tap the graph of this backend (tflite)")
-    parser.add_argument("-o", "--output", default="table.pctable", metavar="FILE", help="default: table.pctable")
+    parser.add_argument(
+        "--for",
+        dest="kinds",
+        action="append",
+        default=[],
+        metavar="BACKEND",
+        help="also tap the graph of this backend (tflite)",
+    )
+    parser.add_argument(
+        "-o", "--output", default="table.pctable", metavar="FILE", help="default: table.pctable"
+    )
     _model_options(parser)
     parser.set_defaults(run=_run_calibrate)
 
@@ -101,13 +126,28 @@ def _export(commands: Any) -> None:
         "portcall export package.module:factory --to onnxruntime:fp32,int8,tflite:int8 --data calib.npz --eval test.npz -o out",
     )
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument("--to", action="append", required=True, metavar="BACKEND:PRECISION[,...]", help="repeatable; BACKEND:all means all its precisions")
+    parser.add_argument(
+        "--to",
+        action="append",
+        required=True,
+        metavar="BACKEND:PRECISION[,...]",
+        help="repeatable; BACKEND:all means all its precisions",
+    )
     parser.add_argument("--data", help=f"calibration data: {DATA_HELP}")
     parser.add_argument("--table", metavar="FILE", help="ranges from this table instead of --data")
     parser.add_argument("--method", default="minmax", help="how ranges are derived (default minmax)")
-    parser.add_argument("--eval", dest="evaluation", metavar="DATA", help="data that parity is measured on; with labels, top-1 too")
-    parser.add_argument("-o", "--output", required=True, metavar="DIR", help="new or empty folder for the artifacts")
-    parser.add_argument("--allow-unavailable", action="store_true", help="exit 0 although a backend is not installed here")
+    parser.add_argument(
+        "--eval",
+        dest="evaluation",
+        metavar="DATA",
+        help="data that parity is measured on; with labels, top-1 too",
+    )
+    parser.add_argument(
+        "-o", "--output", required=True, metavar="DIR", help="new or empty folder for the artifacts"
+    )
+    parser.add_argument(
+        "--allow-unavailable", action="store_true", help="exit 0 although a backend is not installed here"
+    )
     _model_options(parser)
     parser.set_defaults(run=_run_export)
 
@@ -119,8 +159,12 @@ def _verify(commands: Any) -> None:
         "check an artifact's files, and its outputs against the source's",
         "portcall verify out/onnxruntime-int8 --eval test.npz",
     )
-    parser.add_argument("artifact", metavar="ARTIFACT", help="a folder written by portcall export; nothing in it is executed")
-    parser.add_argument("--eval", dest="evaluation", metavar="DATA", help="run the source model too, on this data")
+    parser.add_argument(
+        "artifact", metavar="ARTIFACT", help="a folder written by portcall export; nothing in it is executed"
+    )
+    parser.add_argument(
+        "--eval", dest="evaluation", metavar="DATA", help="run the source model too, on this data"
+    )
     parser.add_argument("--preprocess", metavar="NAME", help="named preprocessing for a folder of images")
     parser.set_defaults(run=_run_verify)
 
@@ -132,15 +176,31 @@ def _bench(commands: Any) -> None:
         "measure latency and memory, a fresh process per run",
         "portcall bench out/onnxruntime-int8 model.tflite --processes 10",
     )
-    parser.add_argument("artifacts", nargs="+", metavar="ARTIFACT|FILE", help="artifact folders, or bare .onnx, .tflite, .xml files")
+    parser.add_argument(
+        "artifacts",
+        nargs="+",
+        metavar="ARTIFACT|FILE",
+        help="artifact folders, or bare .onnx, .tflite, .xml files",
+    )
     parser.add_argument("--on", default="local", metavar="TARGET", help="default: local")
     parser.add_argument("--data", help=f"inputs: {DATA_HELP}")
-    parser.add_argument("--processes", type=_count, default=5, metavar="N", help="fresh processes each (default 5)")
+    parser.add_argument(
+        "--processes", type=_count, default=5, metavar="N", help="fresh processes each (default 5)"
+    )
     parser.add_argument("--threads", type=_count, default=1, metavar="N", help="of the runtime (default 1)")
-    parser.add_argument("--min-time", type=_seconds, default=1.0, metavar="S", help="timed per process (default 1 s)")
-    parser.add_argument("--max-time", type=_seconds, metavar="S", help="cap per artifact over all processes, start-up included")
+    parser.add_argument(
+        "--min-time", type=_seconds, default=1.0, metavar="S", help="timed per process (default 1 s)"
+    )
+    parser.add_argument(
+        "--max-time",
+        type=_seconds,
+        metavar="S",
+        help="cap per artifact over all processes, start-up included",
+    )
     parser.add_argument("-o", "--output", metavar="DIR", help="folder for bench.json and the raw samples")
-    parser.add_argument("--allow-unavailable", action="store_true", help="exit 0 although a backend is not installed here")
+    parser.add_argument(
+        "--allow-unavailable", action="store_true", help="exit 0 although a backend is not installed here"
+    )
     _model_options(parser)
     parser.set_defaults(run=_run_bench)
 

@@ -124,7 +124,8 @@ def parse_cells(texts: list[str]) -> list[Cell]:
             name = head if colon else name
             if not name or not precision:
                 raise BadInput(
-                    f"cannot read {text!r} as BACKEND:PRECISION", "Write e.g. --to onnxruntime:fp32,int8,tflite:int8"
+                    f"cannot read {text!r} as BACKEND:PRECISION",
+                    "Write e.g. --to onnxruntime:fp32,int8,tflite:int8",
                 )
             known = get_backend(name).capabilities.precisions
             if precision != "all" and precision not in known:

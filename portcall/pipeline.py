@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,9 @@ def run_export(work: Workspace, plan: ExportPlan) -> list[dict[str, Any]]:
     Raises BadInput before anything is written where the input is unusable.
     """
     backends = {c.backend: get_backend(c.backend) for c in plan.cells}
-    calibrated = [c for c in plan.cells if backends[c.backend].capabilities.precisions[c.precision].calibrated]
+    calibrated = [
+        c for c in plan.cells if backends[c.backend].capabilities.precisions[c.precision].calibrated
+    ]
     if calibrated and plan.data is None and plan.table is None:
         raise BadInput(
             f"{calibrated[0]} needs calibration data, and neither --data nor --table was given",
@@ -77,7 +80,7 @@ def run_export(work: Workspace, plan: ExportPlan) -> list[dict[str, Any]]:
     table = None if plan.table is None else CalibrationTable.load(plan.table)
     if table is not None and not table.sections:
         raise BadInput(f"{plan.table} holds no section", "Calibrate again")
-    probing = {name: _attempt(lambda name=name: work.probe(name, "export")) for name in backends}
+    probing = {name: _attempt(partial(work.probe, name, "export")) for name in backends}
     source = open_source(work, plan.model, plan.shapes)
     _check_output(plan.output, source)
     evaluation, calibration = _choose_samples(work, plan, source)
@@ -118,7 +121,9 @@ def _check_output(output: Path, source: Source) -> None:
         if entry.name in ("logs", "export.json", "bench.json") or entry.name.startswith(".portcall-"):
             continue
         if not (entry / artifacts.MANIFEST).is_file():
-            raise BadInput(f"-o {output} has other content: {entry.name}", "Name a folder that is new or empty")
+            raise BadInput(
+                f"-o {output} has other content: {entry.name}", "Name a folder that is new or empty"
+            )
         manifest = artifacts.read_manifest(entry)
         if manifest["source"]["sha256"] != source.sha256:
             raise BadInput(
@@ -170,9 +175,12 @@ def _choose_samples(
             missing = [t.name for t in source.inputs if t.name not in source.example_shapes]
             if missing:
                 raise BadInput(
-                    f"the shape of input {missing[0]!r} is dynamic", f"Give --data, or --shape {missing[0]}=1x128"
+                    f"the shape of input {missing[0]!r} is dynamic",
+                    f"Give --data, or --shape {missing[0]}=1x128",
                 )
-            work.reporter.warn("no DATA: parity is measured on random inputs (synthetic); give --eval for real ones")
+            work.reporter.warn(
+                "no DATA: parity is measured on random inputs (synthetic); give --eval for real ones"
+            )
     return replace(evaluation, source=source), calibration
 
 
@@ -259,7 +267,9 @@ class _Cells:
                 f"export {cell}",
                 cell.backend,
             )
-            artifact = Artifact.from_json({**exported, "directory": str(staging), "backend": cell.backend, "precision": cell.precision})
+            artifact = Artifact.from_json(
+                {**exported, "directory": str(staging), "backend": cell.backend, "precision": cell.precision}
+            )
             verified = self._verify(artifact, samples)
             census = self._census(artifact, cell)
             manifest = self._manifest(cell, recipe, graph, section, exported, verified, census, samples)
@@ -271,7 +281,10 @@ class _Cells:
                 (staging / artifacts.EXAMPLE).write_text(text)
                 manifest = artifacts.finish(staging, self._plan.output / cell.folder, manifest)
             except OSError as error:
-                raise CellFailed(f"cannot write {self._plan.output}: {error.strerror}", "Free space there or choose another -o") from error
+                raise CellFailed(
+                    f"cannot write {self._plan.output}: {error.strerror}",
+                    "Free space there or choose another -o",
+                ) from error
         finally:
             shutil.rmtree(staging, ignore_errors=True)
         return {
@@ -324,15 +337,26 @@ class _Cells:
         """Return the DATA that the table was made from, if it is still there and unchanged."""
         assert self._table is not None
         was = next(s.data for s in self._table.sections.values() if s.source_sha256 == graph.source.sha256)
-        fix = f"Run: portcall calibrate {self._plan.model} --data DATA --for {graph.kind} -o {self._plan.table}"
+        fix = (
+            f"Run: portcall calibrate {self._plan.model} --data DATA --for {graph.kind} -o {self._plan.table}"
+        )
         try:
             now, _ = read_data(
-                self._work, graph.source, DataArgument(was.spec, was.preprocess), "recorded DATA", was.start, was.stop
+                self._work,
+                graph.source,
+                DataArgument(was.spec, was.preprocess),
+                "recorded DATA",
+                was.start,
+                was.stop,
             )
         except BadInput as error:
-            raise BadInput(f"the table has no {graph.kind} section, and its DATA cannot be read: {error.message}", fix) from error
+            raise BadInput(
+                f"the table has no {graph.kind} section, and its DATA cannot be read: {error.message}", fix
+            ) from error
         if now.sha256 != was.sha256:
-            raise BadInput(f"the table has no {graph.kind} section, and its DATA {was.spec!r} has changed since", fix)
+            raise BadInput(
+                f"the table has no {graph.kind} section, and its DATA {was.spec!r} has changed since", fix
+            )
         return now
 
     def _verify(self, artifact: Artifact, samples: _Samples) -> dict[str, Any]:
@@ -344,11 +368,16 @@ class _Cells:
             "threads": os.cpu_count() or 1,
         }
         label = f"verify {artifact.backend}:{artifact.precision}"
-        found: dict[str, Any] = self._work.call("portcall.targets.agent.jobs:verify", job, label, artifact.backend)
+        found: dict[str, Any] = self._work.call(
+            "portcall.targets.agent.jobs:verify", job, label, artifact.backend
+        )
         return found
 
     def _census(self, artifact: Artifact, cell: Cell) -> dict[str, Any]:
-        job = {"artifact": artifact.to_json(), "shapes": {k: list(v) for k, v in self._source.example_shapes.items()}}
+        job = {
+            "artifact": artifact.to_json(),
+            "shapes": {k: list(v) for k, v in self._source.example_shapes.items()},
+        }
         found: dict[str, Any] = self._work.call("portcall.stages:census", job, f"count {cell}", cell.backend)
         check_integer(self._backends[cell.backend], cell, found)
         return found
@@ -385,7 +414,11 @@ class _Cells:
             "outputs": exported["outputs"],
             "preprocessing": None if data is None else data.preprocess,
             "classes": None,
-            "source": {"spec": _absolute(self._source.spec), "format": self._source.format, "sha256": self._source.sha256},
+            "source": {
+                "spec": _absolute(self._source.spec),
+                "format": self._source.format,
+                "sha256": self._source.sha256,
+            },
             "graph_sha256": graph.sha256,
             "calibration": calibration,
             "versions": exported["versions"],
@@ -415,7 +448,9 @@ def _staging(output: Path) -> Path:
     try:
         return Path(tempfile.mkdtemp(prefix=".portcall-", dir=output))
     except OSError as error:
-        raise CellFailed(f"cannot write {output}: {error.strerror}", "Free space there or choose another -o") from error
+        raise CellFailed(
+            f"cannot write {output}: {error.strerror}", "Free space there or choose another -o"
+        ) from error
 
 
 def _plain(ranges: Ranges) -> dict[str, list[float]]:

@@ -23,7 +23,12 @@ class Reporter:
             return
         from tqdm import tqdm
 
-        with tqdm(desc=f"{label:28.28}", leave=False, file=sys.stderr, bar_format="{desc} {percentage:3.0f}% {bar} {elapsed}<{remaining}") as bar:
+        with tqdm(
+            desc=f"{label:28.28}",
+            leave=False,
+            file=sys.stderr,
+            bar_format="{desc} {percentage:3.0f}% {bar} {elapsed}<{remaining}",
+        ) as bar:
 
             def progress(done: int, total: int | None) -> None:
                 bar.total = total

@@ -58,9 +58,13 @@ def _with_shapes(source: Source, shapes: Mapping[str, tuple[int, ...]]) -> Sourc
     specs = {t.name: t for t in source.inputs}
     for name, shape in shapes.items():
         if name not in specs:
-            raise BadInput(f"--shape names no input {name!r}", f"The inputs are: {', '.join(map(str, source.inputs))}")
+            raise BadInput(
+                f"--shape names no input {name!r}", f"The inputs are: {', '.join(map(str, source.inputs))}"
+            )
         if not fits(specs[name].shape, shape):
-            raise BadInput(f"--shape {name}={'x'.join(map(str, shape))} does not fit", f"The input is {specs[name]}")
+            raise BadInput(
+                f"--shape {name}={'x'.join(map(str, shape))} does not fit", f"The input is {specs[name]}"
+            )
     return Source(
         source.spec,
         source.format,
@@ -74,7 +78,9 @@ def _with_shapes(source: Source, shapes: Mapping[str, tuple[int, ...]]) -> Sourc
 
 def fits(spec: tuple[Dim, ...], shape: tuple[int, ...]) -> bool:
     """Tell whether a concrete *shape* fits a *spec* in which a str is any size."""
-    return len(spec) == len(shape) and all(isinstance(s, str) or s == d for s, d in zip(spec, shape, strict=True))
+    return len(spec) == len(shape) and all(
+        isinstance(s, str) or s == d for s, d in zip(spec, shape, strict=True)
+    )
 
 
 def single_sample_shape(spec: TensorSpec) -> tuple[int, ...] | None:
@@ -95,7 +101,9 @@ def user_code(what: str) -> Iterator[None]:
     except PortcallError:
         raise
     except Exception as error:
-        raise BadInput(f"{what} failed: {type(error).__name__}: {error}", "Fix that code; portcall only calls it") from error
+        raise BadInput(
+            f"{what} failed: {type(error).__name__}: {error}", "Fix that code; portcall only calls it"
+        ) from error
     finally:
         if added:
             sys.path.remove(here)
@@ -110,7 +118,8 @@ def load_callable(spec: str) -> Callable[..., Any]:
         except ModuleNotFoundError as error:
             if error.name and module_name.startswith(error.name):
                 raise BadInput(
-                    f"no module {error.name!r} for {spec!r}", "Install it, or run portcall where it can be imported"
+                    f"no module {error.name!r} for {spec!r}",
+                    "Install it, or run portcall where it can be imported",
                 ) from error
             raise
         found = getattr(module, name, None)
@@ -127,7 +136,9 @@ def _import_torch(spec: str) -> Any:
     try:
         import torch
     except ImportError as error:
-        raise UnavailableError(f"{spec} needs torch, which is not installed", "pip install 'portcall[torch]'") from error
+        raise UnavailableError(
+            f"{spec} needs torch, which is not installed", "pip install 'portcall[torch]'"
+        ) from error
     return torch
 
 
@@ -207,7 +218,8 @@ def _signature(program: Any, spec: str) -> tuple[tuple[TensorSpec, ...], tuple[T
         value = nodes[name].meta["val"] if name in nodes else None
         if not isinstance(value, torch.Tensor):
             raise UnsupportedError(
-                f"{spec}: {shown!r} is {type(value).__name__}, not a tensor", "Wrap the model so that it takes and returns tensors"
+                f"{spec}: {shown!r} is {type(value).__name__}, not a tensor",
+                "Wrap the model so that it takes and returns tensors",
             )
         shape: list[Dim] = []
         for axis, size in enumerate(value.shape):
@@ -299,19 +311,27 @@ def _open_onnx(spec: str) -> Source:
     try:
         import onnx
     except ImportError as error:
-        raise UnavailableError(f"{spec} needs onnx, which is not installed", "pip install 'portcall[onnxruntime]'") from error
+        raise UnavailableError(
+            f"{spec} needs onnx, which is not installed", "pip install 'portcall[onnxruntime]'"
+        ) from error
     path = Path(spec).resolve()
     try:
         model = onnx.load(str(path), load_external_data=False)
     except Exception as error:  # protobuf raises its own kinds
-        raise BadInput(f"{spec!r} is not an ONNX model: {type(error).__name__}", "Export it again, or check the file") from error
+        raise BadInput(
+            f"{spec!r} is not an ONNX model: {type(error).__name__}", "Export it again, or check the file"
+        ) from error
     if not model.graph.node and not model.graph.output:
-        raise BadInput(f"{spec!r} is not an ONNX model: it holds no graph", "Export it again, or check the file")
+        raise BadInput(
+            f"{spec!r} is not an ONNX model: it holds no graph", "Export it again, or check the file"
+        )
     external = check_external_data(model, path)
     try:
         onnx.checker.check_model(str(path))
     except onnx.checker.ValidationError as error:
-        raise BadInput(f"{spec!r} is not valid ONNX: {str(error).strip().splitlines()[0]}", "Export it again") from error
+        raise BadInput(
+            f"{spec!r} is not valid ONNX: {str(error).strip().splitlines()[0]}", "Export it again"
+        ) from error
     initializers = {t.name for t in model.graph.initializer}
     inputs = tuple(_onnx_tensor(v, spec) for v in model.graph.input if v.name not in initializers)
     outputs = tuple(_onnx_tensor(v, spec) for v in model.graph.output)
@@ -323,7 +343,9 @@ def _onnx_tensor(value: Any, spec: str) -> TensorSpec:
     import onnx
 
     if not value.type.HasField("tensor_type"):
-        raise UnsupportedError(f"{spec}: {value.name!r} is not a tensor (sequence, map or optional)", "Use tensors")
+        raise UnsupportedError(
+            f"{spec}: {value.name!r} is not a tensor (sequence, map or optional)", "Use tensors"
+        )
     tensor = value.type.tensor_type
     if tensor.elem_type in (onnx.TensorProto.STRING, onnx.TensorProto.UNDEFINED):
         raise UnsupportedError(f"{spec}: {value.name!r} holds strings or has no type", "Use numeric tensors")
@@ -348,14 +370,19 @@ def check_external_data(model: Any, path: Path) -> list[Path]:
         entry = {e.key: e.value for e in tensor.external_data}
         location = entry.get("location", "")
         file = path.parent / location
-        if not location or Path(location).is_absolute() or not file.resolve().is_relative_to(path.parent.resolve()):
+        if (
+            not location
+            or Path(location).is_absolute()
+            or not file.resolve().is_relative_to(path.parent.resolve())
+        ):
             raise BadInput(
                 f"{path.name}: the weights of {tensor.name!r} point outside the model's folder ({location!r})",
                 "Save the model again with its data file beside it",
             )
         if not file.is_file():
             raise BadInput(
-                f"{path.name}: its external data file {location!r} is missing", f"Put {location} beside {path.name}"
+                f"{path.name}: its external data file {location!r} is missing",
+                f"Put {location} beside {path.name}",
             )
         needed = int(entry.get("offset", 0)) + int(entry.get("length", 0))
         if file.stat().st_size < needed:

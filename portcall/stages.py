@@ -113,7 +113,11 @@ def synthetic(inputs: tuple[TensorSpec, ...], shapes: Mapping[str, tuple[int, ..
     made: Arrays = {}
     for spec in inputs:
         dtype = np.dtype(spec.dtype)
-        values = rng.standard_normal(shapes[spec.name]) if dtype.kind == "f" else rng.integers(0, 2, shapes[spec.name])
+        values = (
+            rng.standard_normal(shapes[spec.name])
+            if dtype.kind == "f"
+            else rng.integers(0, 2, shapes[spec.name])
+        )
         made[spec.name] = values.astype(dtype)
     return made
 
@@ -132,7 +136,9 @@ def export(arguments: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
     try:
         exported = backend.export(graph, recipe, ranges, directory)
     except OSError as error:
-        raise CellFailed(f"cannot write {directory}: {error.strerror}", "Free space there or choose another -o") from error
+        raise CellFailed(
+            f"cannot write {directory}: {error.strerror}", "Free space there or choose another -o"
+        ) from error
     missing = [name for name in exported.files if not (directory / name).is_file()]
     if missing:
         raise CellFailed(f"the exporter left no {missing[0]}", "See the log; is the disk full?")

@@ -57,7 +57,9 @@ def run_verify(work: Workspace, folder: Path, evaluation: DataArgument | None) -
         result["parity"], result["eval"] = found["parity"], found["eval"]
         problem = deviation(expected, found["head_sqnr_db"])
         if problem is not None:
-            raise CellFailed(problem, "Compare this runtime's version with the manifest's: it computes something else")
+            raise CellFailed(
+                problem, "Compare this runtime's version with the manifest's: it computes something else"
+            )
     except BadInput:
         raise
     except PortcallError as error:
@@ -93,6 +95,8 @@ def _evaluation_samples(work: Workspace, manifest: dict[str, Any], evaluation: D
             "Put it back there, or verify without --eval",
         ) from error
     if source.sha256 != manifest["source"]["sha256"]:
-        raise BadInput(f"the source model {spec!r} has changed since this artifact was exported", "Export it again")
+        raise BadInput(
+            f"the source model {spec!r} has changed since this artifact was exported", "Export it again"
+        )
     record, _ = read_data(work, source, evaluation, "--eval")
     return run_reference(work, source, "eval", record.n, record)

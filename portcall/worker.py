@@ -154,7 +154,11 @@ class WorkerPool:
                 _kill_group(process)
 
     def _wait(
-        self, process: subprocess.Popen[bytes], progress_fd: int, timeout_s: float, on_progress: Progress | None
+        self,
+        process: subprocess.Popen[bytes],
+        progress_fd: int,
+        timeout_s: float,
+        on_progress: Progress | None,
     ) -> int:
         deadline = time.monotonic() + timeout_s
         pending = b""
@@ -166,7 +170,8 @@ class WorkerPool:
                 ready = {key.fd for key, _ in selector.select(max(0.0, deadline - time.monotonic()))}
                 if not ready:
                     raise CellFailed(
-                        f"no answer within {timeout_s:.0f} s: the worker was killed", "Allow more time with --timeout"
+                        f"no answer within {timeout_s:.0f} s: the worker was killed",
+                        "Allow more time with --timeout",
                     )
                 if self._stop.read_fd in ready:
                     raise Interrupted
@@ -215,7 +220,10 @@ def _command(python: str) -> list[str]:
     if python == sys.executable:
         return [python, "-P"]
     probe = subprocess.run(
-        [python, "-c", "import sys; print(sys.version_info >= (3, 11))"], capture_output=True, text=True, check=False
+        [python, "-c", "import sys; print(sys.version_info >= (3, 11))"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     return [python, "-P" if probe.stdout.strip() == "True" else "-I"]
 
@@ -224,7 +232,9 @@ def _environment() -> dict[str, str]:
     """Return the environment without entries of PYTHONPATH that mean the current folder."""
     environment = dict(os.environ)
     here = Path.cwd()
-    path = [p for p in environment.get("PYTHONPATH", "").split(os.pathsep) if p and Path(p).absolute() != here]
+    path = [
+        p for p in environment.get("PYTHONPATH", "").split(os.pathsep) if p and Path(p).absolute() != here
+    ]
     environment.pop("PYTHONPATH", None)
     if path:
         environment["PYTHONPATH"] = os.pathsep.join(path)

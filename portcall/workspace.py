@@ -61,7 +61,9 @@ class Workspace:
         key = (backend, role)
         if key not in self.probed:
             job = {"backend": backend, "role": role}
-            self.probed[key] = self.call("portcall.targets.agent.jobs:probe", job, f"probe {backend}", backend)
+            self.probed[key] = self.call(
+                "portcall.targets.agent.jobs:probe", job, f"probe {backend}", backend
+            )
         found = self.probed[key]
         if not found["available"]:
             raise UnavailableError(found["reason"], found["fix"])
@@ -104,7 +106,9 @@ def read_data(
     return DataRecord(spec, data.preprocess, start, stop, found["sha256"], found["n"]), found
 
 
-def with_data_shapes(source: Source, found: Mapping[str, Any], given: Mapping[str, tuple[int, ...]]) -> Source:
+def with_data_shapes(
+    source: Source, found: Mapping[str, Any], given: Mapping[str, tuple[int, ...]]
+) -> Source:
     """Return *source* with the shapes of the first sample of DATA, where the user gave none."""
     shapes = {k: tuple(v) for k, v in found["shapes"].items()}
     return replace(source, example_shapes={**source.example_shapes, **shapes, **given})
@@ -120,7 +124,9 @@ def lower(work: Workspace, source: Source, backend: Backend) -> Graph:
         )
     unknown = [t.name for t in source.inputs if t.name not in source.example_shapes]
     if unknown:
-        raise BadInput(f"the shape of input {unknown[0]!r} is dynamic", f"Give --data, or --shape {unknown[0]}=1x128")
+        raise BadInput(
+            f"the shape of input {unknown[0]!r} is dynamic", f"Give --data, or --shape {unknown[0]}=1x128"
+        )
     key_parts = {
         "source": source.sha256,
         "names": [t.name for t in (*source.inputs, *source.outputs)],
@@ -161,7 +167,9 @@ def _link(file: Path, target: Path) -> None:
 
 def _prune(folder: Path, keep: Path) -> None:
     """Delete the least recently used cache entries beyond 10 GiB."""
-    entries = sorted((p for p in folder.iterdir() if p.is_dir()), key=lambda p: p.stat().st_mtime, reverse=True)
+    entries = sorted(
+        (p for p in folder.iterdir() if p.is_dir()), key=lambda p: p.stat().st_mtime, reverse=True
+    )
     total = 0
     for entry in entries:
         total += sum(f.stat().st_size for f in entry.iterdir())
@@ -173,7 +181,9 @@ def observe(work: Workspace, graph: Graph, backend: str, record: DataRecord) -> 
     """Run the calibration samples through *graph* and return the section of a table."""
     plan = None
     if graph.kind == "onnx":
-        plan = work.call("portcall.calibration.taps:plan_onnx", {"graph": graph.to_json()}, "plan taps", backend)
+        plan = work.call(
+            "portcall.calibration.taps:plan_onnx", {"graph": graph.to_json()}, "plan taps", backend
+        )
     job = {"graph": graph.to_json(), "plan": plan, "data": record.to_json()}
     seen = work.call("portcall.calibration.taps:observe", job, f"calibrate {graph.kind}", backend)
     import numpy as np

@@ -32,7 +32,9 @@ class Target:
 
 
 def target_names() -> list[str]:
-    return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.ispkg and not m.name.startswith("_"))
+    return sorted(
+        m.name for m in pkgutil.iter_modules(__path__) if not m.ispkg and not m.name.startswith("_")
+    )
 
 
 def get_target(name: str) -> Target:

@@ -72,7 +72,8 @@ def _describe(error: BaseException) -> Dict[str, str]:
     text = str(error).strip().splitlines()
     known = {
         "kind": getattr(error, "kind", "failed"),
-        "message": getattr(error, "message", None) or f"{type(error).__name__}: {text[0] if text else 'no message'}",
+        "message": getattr(error, "message", None)
+        or f"{type(error).__name__}: {text[0] if text else 'no message'}",
         "fix": getattr(error, "fix", ""),
     }
     if not isinstance(known["kind"], str) or not isinstance(known["message"], str):

@@ -69,16 +69,24 @@ class _Names:
 
     def __init__(self, artifact: Artifact, session: Session) -> None:
         self.inputs = {t.source: t.name for t in artifact.inputs} or {t.name: t.name for t in session.inputs}
-        self.outputs = {t.name: t.source for t in artifact.outputs} or {t.name: t.name for t in session.outputs}
+        self.outputs = {t.name: t.source for t in artifact.outputs} or {
+            t.name: t.name for t in session.outputs
+        }
         missing = sorted(set(self.inputs.values()) - {t.name for t in session.inputs})
         if missing:
-            raise CellFailed(f"the loaded file has no input {missing[0]!r}: the manifest does not belong to it")
+            raise CellFailed(
+                f"the loaded file has no input {missing[0]!r}: the manifest does not belong to it"
+            )
 
     def bind(self, session: Session, arrays: Mapping[str, np.ndarray]) -> None:
-        session.set_inputs({name: np.ascontiguousarray(arrays[source]) for source, name in self.inputs.items()})
+        session.set_inputs(
+            {name: np.ascontiguousarray(arrays[source]) for source, name in self.inputs.items()}
+        )
 
     def results(self, session: Session) -> Dict[str, np.ndarray]:
-        return {self.outputs[name]: array for name, array in session.get_outputs().items() if name in self.outputs}
+        return {
+            self.outputs[name]: array for name, array in session.get_outputs().items() if name in self.outputs
+        }
 
 
 def verify(arguments: Mapping[str, Any], progress: Progress) -> Dict[str, Any]:
@@ -127,8 +135,10 @@ def verify(arguments: Mapping[str, Any], progress: Progress) -> Dict[str, Any]:
 def _scores(outputs: Mapping[str, np.ndarray], artifact: Artifact) -> np.ndarray:
     for tensor in artifact.outputs:
         if outputs[tensor.source].ndim == 2:
-            return outputs[tensor.source][0]
-    raise BadInput("labels were given, but no output has rank 2 (samples x classes)", "Leave the labels out of --eval")
+            return np.asarray(outputs[tensor.source][0])
+    raise BadInput(
+        "labels were given, but no output has rank 2 (samples x classes)", "Leave the labels out of --eval"
+    )
 
 
 def _inputs(path: str) -> Tuple[Dict[str, np.ndarray], Dict[str, np.ndarray]]:
@@ -169,7 +179,9 @@ def _check(names: _Names, session: Session, arguments: Mapping[str, Any], limit:
         found.append(_sqnr_db({k: v[number] for k, v in reference.items()}, names.results(session)))
     problem = deviation(expected, found)
     if problem is not None:
-        raise CellFailed(problem, "Compare this target's runtime version with the manifest's: it computes something else")
+        raise CellFailed(
+            problem, "Compare this target's runtime version with the manifest's: it computes something else"
+        )
 
 
 def measure(arguments: Mapping[str, Any], progress: Progress) -> Dict[str, Any]:
@@ -201,6 +213,7 @@ def measure(arguments: Mapping[str, Any], progress: Progress) -> Dict[str, Any]:
     np.save(arguments["wall"], samples.wall_ns)
     np.save(arguments["cpu"], samples.cpu_ns)
     return {
+        "elapsed_s": (time.perf_counter_ns() - started) / 1e9,
         "n": int(samples.wall_ns.size),
         "warmup": samples.warmup,
         "load_ns": costs["load_ns"],

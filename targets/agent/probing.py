@@ -25,5 +25,7 @@ def probe_modules(
         for name in imported:
             importlib.import_module(name)
     except Exception as error:  # a broken install raises anything, from ImportError to its own kinds
-        return Unavailable(f"cannot import {name}: {type(error).__name__}: {error}", f"{fix} --force-reinstall")
+        return Unavailable(
+            f"cannot import {name}: {type(error).__name__}: {error}", f"{fix} --force-reinstall"
+        )
     return Available(importlib.metadata.version(distribution or (list(imported) or list(found))[0]))
