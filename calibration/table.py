@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -94,7 +93,7 @@ class CalibrationTable:
             archive.writestr(zipfile.ZipInfo("table.json", EPOCH), text)
         part = path.with_name(f".{path.name}.part")
         part.write_bytes(buffer.getvalue())
-        os.replace(part, path)
+        part.replace(path)
 
     @staticmethod
     def load(path: Path) -> CalibrationTable:

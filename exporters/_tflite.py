@@ -31,7 +31,7 @@ def _write(model: Any) -> bytes:
     import flatbuffers
 
     class AlignedBuilder(flatbuffers.Builder):  # type: ignore[misc]  # flatbuffers ships no types
-        def StartVector(self, elemSize: int, numElems: int, alignment: int) -> Any:  # noqa: N802, N803
+        def StartVector(self, elemSize: int, numElems: int, alignment: int) -> Any:
             return super().StartVector(elemSize, numElems, 16 if elemSize == 1 else alignment)
 
     builder = AlignedBuilder(1 << 20)

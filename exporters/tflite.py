@@ -120,7 +120,7 @@ class LiteRtSession(Session):
         for name, detail in self._inputs.items():
             if tuple(detail["shape"]) != arrays[name].shape:
                 raise UnsupportedError(
-                    f"input {name!r} of shape {arrays[name].shape}: this flatbuffer is fixed at {tuple(detail['shape'])}",
+                    f"input {name!r} has shape {arrays[name].shape}, this flatbuffer only {tuple(detail['shape'])}",
                     "Export it again with --shape",
                 )
             self._interpreter.set_tensor(detail["index"], arrays[name])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -121,8 +120,8 @@ def finish(staging: Path, target: Path, manifest: dict[str, Any]) -> dict[str, A
     write_json(staging / MANIFEST, manifest)
     replaced = target.with_name(f".{target.name}.replaced")
     if target.exists():
-        os.replace(target, replaced)
-    os.replace(staging, target)
+        target.replace(replaced)
+    staging.replace(target)
     shutil.rmtree(replaced, ignore_errors=True)
     return manifest
 
@@ -131,7 +130,7 @@ def write_json(path: Path, value: Any) -> None:
     """Write *value* to *path* whole or not at all."""
     part = path.with_name(f".{path.name}.part")
     part.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(part, path)
+    part.replace(path)
 
 
 def model_bytes(manifest: Mapping[str, Any]) -> int:

@@ -32,7 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command line."""
     parser = _Parser(
         prog="portcall",
-        description="Export one model to every device format, prove the exports compute the same, measure what they cost.",
+        description="Export one model to every device format, prove that it computes the same, measure its cost.",
         epilog="""examples:
   portcall doctor
   portcall export model.onnx --to onnxruntime:fp32,int8,openvino:int8 --data calibration.npz -o out
@@ -123,7 +123,7 @@ def _export(commands: Any) -> None:
         commands,
         "export",
         "export to backends and precisions, and verify each against the source",
-        "portcall export package.module:factory --to onnxruntime:fp32,int8,tflite:int8 --data calib.npz --eval test.npz -o out",
+        "portcall export package.module:factory --to onnxruntime:fp32,int8,tflite:int8 --data calib.npz -o out",
     )
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument(

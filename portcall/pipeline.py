@@ -6,7 +6,6 @@ This is the parent's side: it plans, starts workers and moves finished folders i
 from __future__ import annotations
 
 import datetime
-import json
 import os
 import shutil
 import tempfile

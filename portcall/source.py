@@ -188,7 +188,7 @@ def _export_program(spec: str, module: Any, args: Any, kwargs: Any, dynamic: Any
     except Exception as error:  # torch.export raises many kinds for models that it cannot trace
         fix = "Make the model traceable: torch.export.export(module, args, dynamic_shapes=...) must succeed"
         if "specialized" in str(error):
-            fix = "Give example inputs of size 2 or more in every dynamic dimension: torch.export takes 0 and 1 as fixed"
+            fix = "Give example inputs of size 2 or more in dynamic dimensions: torch.export takes 0 and 1 as fixed"
         raise BadInput(f"torch.export of {spec} failed: {type(error).__name__}: {error}", fix) from error
 
 
@@ -198,8 +198,9 @@ def _load_program(path: Path) -> Any:
     try:
         return torch.export.load(path)
     except Exception as error:  # torch raises many kinds for a file that is no .pt2
+        first_line = (str(error).splitlines() or [""])[0]
         raise BadInput(
-            f"{str(path)!r} is not a readable .pt2: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+            f"{str(path)!r} is not a readable .pt2: {type(error).__name__}: {first_line}",
             "Write it with torch.export.save(torch.export.export(model, args), path) of this torch version",
         ) from error
 

@@ -6,6 +6,7 @@ holds the other end). The parent sleeps on the process and its progress pipe; it
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import selectors
@@ -243,10 +244,9 @@ def _environment() -> dict[str, str]:
 
 def _kill_group(process: subprocess.Popen[bytes]) -> None:
     """Kill the worker's process group: the worker if it still runs, and whatever it left behind."""
-    try:
+    # Nobody may be left (macOS says EPERM for a group of zombies).
+    with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):  # nobody left (macOS says EPERM for a group of zombies)
-        pass
     process.wait()
 
 

@@ -143,7 +143,7 @@ def lower(work: Workspace, source: Source, backend: Backend) -> Graph:
             job = {"backend": backend.name, "source": source.to_json(), "directory": str(staging)}
             work.call("portcall.stages:lower", job, f"lower to {backend.graph}", backend.name)
             with contextlib.suppress(OSError):  # another command was first: its result is as good
-                os.replace(staging, place)
+                staging.replace(place)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
         _prune(place.parent, keep=place)
