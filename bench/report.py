@@ -121,7 +121,11 @@ def _note(result: Mapping[str, Any]) -> str:
     if result["reason"]:
         return f"{result['reason']}; fix: {result['fix']}" if result["fix"] else str(result["reason"])
     # Why an interval of another percentile is absent is told in the JSON; the table shows that of P50 only.
-    return "; ".join(w for w in result.get("warnings") or [] if not w.startswith("no interval for p9"))
+    return "; ".join(
+        w
+        for w in result.get("warnings") or result.get("notes") or []
+        if not w.startswith("no interval for p9")
+    )
 
 
 def _milliseconds(nanoseconds: float | None) -> str:

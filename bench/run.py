@@ -68,6 +68,8 @@ def run_bench(
     all alike. output: a folder for ``bench.json`` and the raw samples. Raises BadInput for unusable specs.
     """
     driver = get_target(target).driver(work)
+    if output is not None:
+        artifacts.check_output_folder(output)
     subjects = [_open(path) for spec in specs for path in _artifacts_in(Path(spec))]
     for number, subject in enumerate(subjects):
         _attempt(subject, partial(_find_inputs, work, driver, subject, data, workload, number))
@@ -108,7 +110,7 @@ def _open(path: Path) -> _Subject:
     spec = str(path)
     if path.is_dir():
         manifest = artifacts.read_manifest(path)
-        artifact = Artifact.from_json({"directory": str(path.resolve()), **manifest})
+        artifact = Artifact.from_json({**manifest, "directory": str(path.resolve())})
         get_backend(artifact.backend)
         subject = _Subject(spec, artifact, manifest, f"{artifact.backend}:{artifact.precision}")
         try:

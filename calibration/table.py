@@ -5,6 +5,7 @@ A zip of ``table.json`` and one ``.npy`` per array. Schema 1: exact minimum and 
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import io
 import json
@@ -23,6 +24,14 @@ SCHEMA = 1
 METHODS = ("minmax",)
 EPOCH = (1980, 1, 1, 0, 0, 0)
 """Every zip member carries this date, so that equal tables are equal files."""
+
+
+def check_method(name: str) -> None:
+    """Raise BadInput unless ranges can be derived by the method *name*: what there is, and the nearest name."""
+    if name not in METHODS:
+        near = difflib.get_close_matches(name, METHODS, 1, 0.4)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise BadInput(f"no calibration method {name!r}", f"There are: {', '.join(METHODS)}.{hint}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +63,7 @@ class Section:
 
     def ranges(self, method: str) -> dict[str, Range]:
         """Return the range of every tensor by *method*. Raises BadInput for an unknown method."""
-        if method not in METHODS:
-            raise BadInput(f"no calibration method {method!r}", f"There are: {', '.join(METHODS)}")
+        check_method(method)
         pairs = zip(self.tensors, self.minimum.tolist(), self.maximum.tolist(), strict=True)
         return {name: Range(low, high) for name, low, high in pairs}
 

@@ -27,7 +27,7 @@ def plan_onnx(arguments: Mapping[str, Any], progress: object) -> dict[str, Any]:
 
     graph = Graph.from_json(arguments["graph"])
     model = onnx.load(str(graph.path), load_external_data=False)
-    tensors = _qdq.tapped_tensors(model)
+    tensors = _qdq.tapped_tensors(graph.path)
     present = {v.name for v in [*model.graph.output, *model.graph.input]}
     for name in tensors:
         if name not in present:

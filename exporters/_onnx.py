@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Tuple
+from typing import Any, Dict, List, Mapping, Sequence, Tuple
 
-from portcall.targets.agent.contract import BoundTensor, Census, Dim, Graph, Source
+from portcall.targets.agent.contract import BoundTensor, Census, Graph, Source
 from portcall.targets.agent.errors import UnsupportedError
 
 EXTERNAL_ABOVE_BYTES = 200 << 20
@@ -142,57 +142,66 @@ def bound_tensors(graph: Graph) -> Tuple[Tuple[BoundTensor, ...], Tuple[BoundTen
 
 def census(path: Path, shapes: Mapping[str, Tuple[int, ...]]) -> Census:
     """Count integer arithmetic in an ONNX file: a product is on integers if both operands were dequantized,
-    or if the operator itself takes integers. Shapes come from ONNX shape inference at *shapes*.
+    or if the operator itself takes integers. Tensor shapes are read off a run at *shapes* (by input name).
     """
     import onnx
 
     model = onnx.load(str(path), load_external_data=False)
-    for value in model.graph.input:
-        if value.name in shapes:
-            dims = value.type.tensor_type.shape.dim
-            for dim, size in zip(dims, shapes[value.name]):
-                dim.dim_value = size
-    del model.graph.value_info[:]
-    sizes = _shapes(onnx.shape_inference.infer_shapes(model, data_prop=True))
     made_by = {name: node for node in model.graph.node for name in node.output}
     quantize = sum(
         n.op_type in ("QuantizeLinear", "DequantizeLinear", *INTEGER_OPS) for n in model.graph.node
     )
-    total: Optional[int] = 0
-    integer: Optional[int] = 0
+    compute = [n for n in model.graph.node if n.op_type in COMPUTE_OPS + INTEGER_OPS]
+    sizes = _observed_shapes(path, model, compute, shapes)
+    total = integer = 0
     floats: List[str] = []
-    for node in model.graph.node:
-        if node.op_type not in COMPUTE_OPS + INTEGER_OPS:
-            continue
+    for node in compute:
         on_integers = node.op_type in INTEGER_OPS or all(
             name in made_by and made_by[name].op_type == "DequantizeLinear" for name in node.input[:2]
         )
         macs = _macs(node, sizes)
-        total = None if macs is None or total is None else total + macs
-        integer = None if macs is None or integer is None else integer + (macs if on_integers else 0)
+        total += macs
+        integer += macs if on_integers else 0
         if not on_integers:
             floats.append(node.name)
     return Census(quantize, total, integer, tuple(floats), "Q/DQ and integer operators of the ONNX graph")
 
 
-def _shapes(model: Any) -> Dict[str, Tuple[Dim, ...]]:
-    values = [*model.graph.value_info, *model.graph.input, *model.graph.output]
-    shapes: Dict[str, Tuple[Dim, ...]] = {
-        v.name: tuple(
-            d.dim_value if d.HasField("dim_value") else d.dim_param for d in v.type.tensor_type.shape.dim
-        )
-        for v in values
+def _observed_shapes(
+    path: Path, model: Any, nodes: Sequence[Any], shapes: Mapping[str, Tuple[int, ...]]
+) -> Dict[str, Tuple[int, ...]]:
+    """Run *model* once on zeros and return the shapes of all inputs and outputs of *nodes*.
+
+    Shape inference loses track in transformers; a Shape node on every tensor costs nothing and is exact.
+    """
+    import numpy as np
+    import onnx
+    import onnxruntime as ort
+
+    sizes = {t.name: tuple(t.dims) for t in model.graph.initializer}
+    names = {name for n in nodes for name in [*n.input, *n.output] if name} - set(sizes)
+    probes = {f"portcall_shape_{i}": name for i, name in enumerate(sorted(names))}
+    for probe, name in probes.items():
+        model.graph.node.append(onnx.helper.make_node("Shape", [name], [probe]))
+        model.graph.output.append(onnx.helper.make_tensor_value_info(probe, onnx.TensorProto.INT64, [None]))
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    kinds = {
+        v.name: onnx.helper.tensor_dtype_to_np_dtype(v.type.tensor_type.elem_type) for v in model.graph.input
     }
-    shapes.update({t.name: tuple(t.dims) for t in model.graph.initializer})
-    return shapes
+    feeds = {v.name: np.zeros(shapes[v.name], kinds[v.name]) for v in session.get_inputs()}
+    found = session.run(list(probes), feeds)
+    sizes.update({name: tuple(int(d) for d in shape) for name, shape in zip(probes.values(), found)})
+    return sizes
 
 
-def _macs(node: Any, shapes: Mapping[str, Tuple[Dim, ...]]) -> Optional[int]:
-    """Multiply-accumulates of one node, or None where a shape is unknown."""
-    weight = shapes.get(node.input[3 if node.op_type in ("QLinearConv", "QLinearMatMul", "QGemm") else 1])
-    first, output = shapes.get(node.input[0]), shapes.get(node.output[0])
-    if weight is None or first is None or output is None:
-        return None
+def _macs(node: Any, shapes: Mapping[str, Tuple[int, ...]]) -> int:
+    """Multiply-accumulates of one node at the given tensor shapes."""
+    weight = shapes[node.input[3 if node.op_type in ("QLinearConv", "QLinearMatMul", "QGemm") else 1]]
+    first, output = shapes[node.input[0]], shapes[node.output[0]]
     if "Conv" in node.op_type:  # weights [out, in / groups, *kernel]; transposed: [in, out / groups, *kernel]
         per_element, elements = weight[1:], first if node.op_type == "ConvTranspose" else output
     elif node.op_type == "Gemm" and any(a.name == "transA" and a.i for a in node.attribute):
@@ -201,7 +210,5 @@ def _macs(node: Any, shapes: Mapping[str, Tuple[Dim, ...]]) -> Optional[int]:
         per_element, elements = first[-1:], output
     result = 1
     for dim in (*elements, *per_element):
-        if not isinstance(dim, int):
-            return None
         result *= dim
     return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
@@ -107,8 +108,8 @@ def tapped_tensors(path: Path) -> Dict[int, str]:
     return {i: t.name.decode() for i, t in tensors.items()}
 
 
-def quantize(path: Path, precision: str, ranges: Optional[Ranges]) -> bytes:
-    """Return the float flatbuffer at *path* quantized; float inputs and outputs stay float.
+def quantize(path: Path, precision: str, ranges: Optional[Ranges]) -> Tuple[bytes, Tuple[str, ...]]:
+    """Return the float flatbuffer at *path* quantized, and notes; float inputs and outputs stay float.
 
     Static recipes take *ranges* as they are: ai-edge-quantizer's own calibration is a moving average that clips.
     """
@@ -116,9 +117,12 @@ def quantize(path: Path, precision: str, ranges: Optional[Ranges]) -> bytes:
     from ai_edge_quantizer import qtyping, quantizer, recipe
     from ai_edge_quantizer.algorithm_manager import AlgorithmName
 
+    from portcall.exporters._qdq import float_notes
+
     work = quantizer.Quantizer(str(path))
     everything = qtyping.TFLOperationName.ALL_SUPPORTED
     calibration: Optional[Dict[str, Any]] = None
+    notes: Tuple[str, ...] = ()
     if precision == "fp16":
         weights = qtyping.TensorQuantizationConfig(num_bits=16, dtype=qtyping.TensorDataType.FLOAT)
         config = qtyping.OpQuantizationConfig(
@@ -137,6 +141,12 @@ def quantize(path: Path, precision: str, ranges: Optional[Ranges]) -> bytes:
         for end in (qtyping.TFLOperationName.INPUT, qtyping.TFLOperationName.OUTPUT):
             work.update_quantization_recipe(".*", end, algorithm_key=AlgorithmName.NO_QUANTIZE)
         graph = _read(path.read_bytes()).subgraphs[0]
+        excluded = _beyond_int8(graph, ranges)
+        for scope in excluded:
+            work.update_quantization_recipe(
+                re.escape(scope), everything, algorithm_key=AlgorithmName.NO_QUANTIZE
+            )
+        notes = float_notes([s.rstrip(";") for s in excluded])
         calibration = {}
         for index, name in tapped_tensors(path).items():
             if name not in ranges:
@@ -149,7 +159,18 @@ def quantize(path: Path, precision: str, ranges: Optional[Ranges]) -> bytes:
                 "max": np.full(shape, ranges[name].maximum, np.float32),
             }
     result = work.quantize(calibration, enable_progress_report=False)
-    return _write(_read(bytes(result.quantized_model)))
+    return _write(_read(bytes(result.quantized_model))), notes
+
+
+def _beyond_int8(graph: Any, ranges: Ranges) -> List[str]:
+    """Return the scopes (output names, each with a semicolon: the quantizer's) of operators to leave in float."""
+    beyond = {name for name, r in ranges.items() if r.is_beyond_int8()}
+    scopes = []
+    for op in graph.operators:
+        names = [graph.tensors[i].name.decode() for i in (*op.inputs, *op.outputs) if i >= 0]
+        if beyond.intersection(names):
+            scopes.append("".join(graph.tensors[i].name.decode() + ";" for i in op.outputs))
+    return scopes
 
 
 def signature_shapes(path: Path) -> Dict[str, Tuple[int, ...]]:

@@ -48,15 +48,15 @@ def export(graph: Graph, recipe: Recipe, ranges: Optional[Ranges], directory: Pa
     import onnx
     import onnxruntime as ort
 
-    from portcall.exporters import _onnx, _qdq
+    from portcall.exporters import _dynamic, _onnx, _qdq
 
     path = directory / "model.onnx"
     notes: Tuple[str, ...] = ()
     if recipe.precision == "int8":
         assert ranges is not None
-        files = _qdq.quantize(graph, ranges, path)
+        files, notes = _qdq.quantize(graph, ranges, path)
     elif recipe.precision == "int8-dynamic":
-        files = _quantize_dynamic(graph, path)
+        files = _dynamic.quantize(graph, path)
     elif recipe.precision == "fp16":
         from onnxruntime.transformers.float16 import convert_float_to_float16
 
@@ -64,31 +64,11 @@ def export(graph: Graph, recipe: Recipe, ranges: Optional[Ranges], directory: Pa
             onnx.load(str(graph.path)), keep_io_types=True, disable_shape_infer=True
         )
         files = _onnx.save(model, path)
-        notes = ("fp16 is storage: the CPU computes in float32 on weights rounded to fp16",)
     else:
         files = _onnx.save(onnx.load(str(graph.path)), path)
     inputs, outputs = _onnx.bound_tensors(graph)
     versions = {"onnxruntime": str(ort.__version__), "onnx": str(onnx.__version__)}
     return Exported(path.name, files, inputs, outputs, versions, notes)
-
-
-def _quantize_dynamic(graph: Graph, path: Path) -> Tuple[str, ...]:
-    """Quantize weights to uint8 and activations at run time (the CPU has no fast int8 ConvInteger)."""
-    import onnx
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    from portcall.exporters import _onnx
-
-    model = onnx.load(str(graph.path))
-    large = model.ByteSize() > _onnx.EXTERNAL_ABOVE_BYTES
-    raw = path.with_name("dynamic.onnx")
-    quantize_dynamic(model, str(raw), weight_type=QuantType.QUInt8, use_external_data_format=large)
-    quantized = onnx.load(str(raw))
-    for file in (raw, raw.with_name(raw.name + ".data")):
-        if file.exists():
-            file.unlink()
-    del quantized.graph.value_info[:]
-    return _onnx.save(quantized, path)
 
 
 def census(artifact: Artifact, shapes: Mapping[str, Tuple[int, ...]]) -> Census:
@@ -171,7 +151,9 @@ BACKEND = Backend(
         precisions={
             "fp32": Precision("float32"),
             "fp16": Precision("storage: fp16 on disk, float32 arithmetic"),
-            "int8-dynamic": Precision("uint8 weights, activations quantized at run time", integer=True),
+            "int8-dynamic": Precision(
+                "uint8 weights (per channel in convolutions), activations quantized at run time", integer=True
+            ),
             "int8": Precision(
                 "Q/DQ: uint8 asymmetric activations, int8 per-channel weights", calibrated=True, integer=True
             ),

@@ -71,9 +71,7 @@ def export(graph: Graph, recipe: Recipe, ranges: Optional[Ranges], directory: Pa
     flatbuffer = graph.path.read_bytes()
     notes: Tuple[str, ...] = ()
     if recipe.precision != "fp32":
-        flatbuffer = _tflite.quantize(graph.path, recipe.precision, ranges)
-    if recipe.precision == "fp16":
-        notes = ("fp16 is storage: the CPU computes in float32 on weights rounded to fp16",)
+        flatbuffer, notes = _tflite.quantize(graph.path, recipe.precision, ranges)
     path = directory / "model.tflite"
     path.write_bytes(flatbuffer)
     source, shapes = graph.source, _tflite.signature_shapes(path)
@@ -118,9 +116,10 @@ class LiteRtSession(Session):
 
     def set_inputs(self, arrays: Mapping[str, Any]) -> None:
         for name, detail in self._inputs.items():
-            if tuple(detail["shape"]) != arrays[name].shape:
+            fixed = tuple(int(d) for d in detail["shape"])
+            if fixed != arrays[name].shape:
                 raise UnsupportedError(
-                    f"input {name!r} has shape {arrays[name].shape}, this flatbuffer only {tuple(detail['shape'])}",
+                    f"input {name!r} has shape {arrays[name].shape}, this flatbuffer only {fixed}",
                     "Export it again with --shape",
                 )
             self._interpreter.set_tensor(detail["index"], arrays[name])

@@ -142,6 +142,8 @@ def calibrate(
     output = Path(output)
     if not output.absolute().parent.is_dir():
         raise BadInput(f"no folder {output.absolute().parent} for the table", "Create it, or name another -o")
+    if output.is_dir():
+        raise BadInput(f"-o {output} is a folder", f"Name a file in it: -o {output / 'table.pctable'}")
     with open_workspace(reporter or Reporter(False), timeout_s) as work:
         for name in backends.values():
             work.probe(name, "export")

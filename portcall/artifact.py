@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +26,23 @@ MAX_SAMPLES_BYTES = 1 << 20
 
 VOLATILE = ("created", "seconds", "identity")
 """Manifest keys that do not belong to an artifact's identity."""
+
+_FORM: Mapping[str, type] = {
+    "backend": str,
+    "precision": str,
+    "entry": str,
+    "files": dict,
+    "inputs": list,
+    "outputs": list,
+    "source.spec": str,
+    "source.sha256": str,
+    "samples.n": int,
+    "samples.sqnr_db": list,
+    "parity.samples": str,
+    "parity.n": int,
+    "arithmetic": dict,
+}
+"""What a manifest must hold to be read: keys (dotted where nested) and their types."""
 
 
 def sha256_file(path: Path) -> str:
@@ -47,9 +65,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text())
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise BadInput(
             f"{folder} is not an artifact: it has no {MANIFEST}", "Give a folder written by portcall export"
+        ) from error
+    except OSError as error:
+        raise BadInput(
+            f"{path} cannot be read: {error.strerror}", "Check the folder's permissions"
         ) from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise BadInput(f"{path} is not valid JSON: {error}", "Export the artifact again") from error
@@ -59,17 +81,40 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{path} has schema {found!r}, this portcall reads {SCHEMA}",
             "Export again, or use the portcall that wrote it",
         )
-    try:
-        names = [manifest["entry"], *manifest["files"]]
-        Artifact.from_json({"directory": str(folder), **manifest})
-    except (KeyError, TypeError) as error:
-        raise BadInput(f"{path} lacks {error}", "Export the artifact again") from error
-    for name in names:
+    for key, kind in _FORM.items():
+        value: Any = manifest
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if not isinstance(value, kind):
+            raise BadInput(f"{path} lacks {key!r}, or it is no {kind.__name__}", "Export the artifact again")
+    for name in (manifest["entry"], manifest["backend"], manifest["precision"], *manifest["files"]):
         if Path(name).name != name or name in (".", ".."):
             raise BadInput(
                 f"{path} names {name!r}, which is outside the artifact", "Do not use this artifact"
             )
+    try:
+        _artifact(folder, manifest)
+        hashes = {name: (str(e["sha256"]), int(e["size_bytes"])) for name, e in manifest["files"].items()}
+    except (KeyError, TypeError, ValueError) as error:
+        raise BadInput(f"{path} is malformed: {error!r}", "Export the artifact again") from error
+    for name in (manifest["entry"], *([SAMPLES] if manifest["samples"]["n"] else [])):
+        if name not in hashes:
+            raise BadInput(f"{path} has no sha256 of {name}", "Export the artifact again")
     return manifest
+
+
+def check_output_folder(output: Path) -> None:
+    """Raise BadInput unless *output* is a folder or can be made one."""
+    if output.exists() and not output.is_dir():
+        raise BadInput(f"-o {output} is a file", "Name a folder that is new or empty")
+    nearest = next(p for p in (output.absolute(), *output.absolute().parents) if p.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise BadInput(f"-o {output} cannot be written: {nearest} is no writable folder", "Choose another -o")
+
+
+def _artifact(folder: Path, manifest: Mapping[str, Any]) -> Artifact:
+    """Return the artifact; its folder is where it was found, whatever the manifest says."""
+    return Artifact.from_json({**manifest, "directory": str(folder)})
 
 
 def open_artifact(folder: Path) -> tuple[Artifact, dict[str, Any]]:
@@ -86,7 +131,7 @@ def open_artifact(folder: Path) -> tuple[Artifact, dict[str, Any]]:
             raise CellFailed(
                 f"{path} is not the file that was exported (sha256 differs)", "Copy or export it again"
             )
-    return Artifact.from_json({"directory": str(folder), **manifest}), manifest
+    return _artifact(folder, manifest), manifest
 
 
 def pack_samples(samples: list[dict[str, np.ndarray[Any, Any]]], path: Path) -> int:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -24,6 +26,9 @@ class _Usage(Exception):
 
 
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)  # "--js" must not pass for --json
+
     def error(self, message: str) -> NoReturn:
         raise _Usage(f"{message}. See: {self.prog} --help")
 
@@ -206,16 +211,19 @@ def _bench(commands: Any) -> None:
 
 
 def _seconds(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
     if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number of seconds")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of seconds")
     return value
 
 
 def _count(text: str) -> int:
-    value = int(text)
+    value = int(text) if text.isdecimal() else 0
     if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
     return value
 
 
@@ -322,10 +330,18 @@ def _code(results: Sequence[dict[str, Any]], allow_unavailable: bool) -> int:
     return OK if all(r["outcome"] in good for r in results) else CELL_FAILED
 
 
+def _print(text: str) -> None:
+    """Print to stdout; a reader that has gone (``portcall doctor | head -1``) changes no exit code."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _print_error(kind: str, message: str, fix: str, as_json: bool) -> None:
     if as_json:
         error = {"kind": kind, "message": message, "fix": fix or None}
-        print(json.dumps({"schema": PORTCALL_SCHEMA, "error": error}, indent=2))
+        _print(json.dumps({"schema": PORTCALL_SCHEMA, "error": error}, indent=2))
     else:
         print(f"portcall: {message}" + (f"\n  {fix}" if fix else ""), file=sys.stderr)
 
@@ -346,6 +362,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _print_error("interrupted", "interrupted; nothing half-written was left behind", "", as_json)
         return INTERRUPTED
+    except Exception as error:  # a bug of ours: exit code 1 would say that an artifact failed verification
+        traceback.print_exc()
+        message = f"internal error: {type(error).__name__}: {error}"
+        _print_error("internal", message, "Report it with the traceback above", as_json)
+        return CELL_FAILED
 
 
 def _dispatch(given: list[str], as_json: bool) -> int:
@@ -358,12 +379,12 @@ def _dispatch(given: list[str], as_json: bool) -> int:
         _print_error("usage", str(error), "", as_json)
         return BAD_INPUT
     if options.command is None:
-        parser.print_help()
+        parser.print_help(sys.stderr)
         return BAD_INPUT
     if options.command == "completion":
         import shtab
 
-        print(shtab.complete(parser, shell=options.shell))
+        _print(shtab.complete(parser, shell=options.shell))
         return OK
     run: Callable[[argparse.Namespace], tuple[dict[str, Any], str, int]] = options.run
     try:
@@ -374,5 +395,5 @@ def _dispatch(given: list[str], as_json: bool) -> int:
     except PortcallError as error:
         _print_error(error.kind, error.message, error.fix, as_json)
         return CELL_FAILED
-    print(json.dumps(answer, indent=2) if as_json else text)
+    _print(json.dumps(answer, indent=2) if as_json else text)
     return code

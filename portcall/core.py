@@ -136,6 +136,9 @@ def parse_cells(texts: list[str]) -> list[Cell]:
     return list(cells)
 
 
+_TOML_FIX = 'Write e.g. [backends.onnxruntime], and below it python = "/path/to/python"'
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
     """What ``portcall.toml`` and the environment say: an interpreter per backend, and the cache folder."""
@@ -156,11 +159,19 @@ class Settings:
                 table = tomllib.loads(file.read_text())
             except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
                 raise BadInput(f"portcall.toml is not valid TOML: {error}", "Correct it") from error
+        backends = table.get("backends", {})
+        if table.keys() - {"backends"} or not isinstance(backends, dict):
+            raise BadInput("portcall.toml holds something else than [backends.NAME]", _TOML_FIX)
         pythons = {}
-        for name, entry in table.get("backends", {}).items():
+        for name, entry in backends.items():
             get_backend(name)
-            if isinstance(entry, dict) and "python" in entry:
-                pythons[name] = str(entry["python"])
+            if (
+                not isinstance(entry, dict)
+                or set(entry) != {"python"}
+                or not isinstance(entry["python"], str)
+            ):
+                raise BadInput(f"portcall.toml: [backends.{name}] is not python = PATH alone", _TOML_FIX)
+            pythons[name] = entry["python"]
         for name in backend_names():
             python = os.environ.get(f"PORTCALL_PYTHON_{name.upper()}")
             if python:

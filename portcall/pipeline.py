@@ -18,7 +18,7 @@ from typing import Any
 
 import portcall
 from portcall import artifact as artifacts
-from portcall.calibration.table import CalibrationTable, DataRecord, Section, table_sha256
+from portcall.calibration.table import CalibrationTable, DataRecord, Section, check_method, table_sha256
 from portcall.core import (
     Artifact,
     Backend,
@@ -76,6 +76,7 @@ def run_export(work: Workspace, plan: ExportPlan) -> list[dict[str, Any]]:
             f"{calibrated[0]} needs calibration data, and neither --data nor --table was given",
             f"Run: portcall export {plan.model} --to {calibrated[0]} --data DATA -o DIR",
         )
+    check_method(plan.method)
     table = None if plan.table is None else CalibrationTable.load(plan.table)
     if table is not None and not table.sections:
         raise BadInput(f"{plan.table} holds no section", "Calibrate again")
@@ -111,12 +112,9 @@ def _attempt(action: Callable[[], None]) -> PortcallError | None:
 
 
 def _check_output(output: Path, source: Source) -> None:
-    """Refuse an output folder with other content than artifacts of this very model."""
-    if not output.exists():
-        return
-    if not output.is_dir():
-        raise BadInput(f"-o {output} is a file", "Name a folder that is new or empty")
-    for entry in output.iterdir():
+    """Refuse an output folder with other content than artifacts of this very model, or that cannot be made."""
+    artifacts.check_output_folder(output)
+    for entry in output.iterdir() if output.exists() else ():
         if entry.name in ("logs", "export.json", "bench.json") or entry.name.startswith(".portcall-"):
             continue
         if not (entry / artifacts.MANIFEST).is_file():
@@ -251,7 +249,6 @@ class _Cells:
         if backend.capabilities.precisions[cell.precision].calibrated:
             section = self._section(graph, cell.backend)
         recipe = Recipe(cell.precision, self._plan.method)
-        self._plan.output.mkdir(parents=True, exist_ok=True)
         staging = _staging(self._plan.output)
         try:
             exported = self._work.call(
@@ -445,6 +442,7 @@ def check_integer(backend: Backend, cell: Cell, census: Mapping[str, Any]) -> No
 
 def _staging(output: Path) -> Path:
     try:
+        output.mkdir(parents=True, exist_ok=True)
         return Path(tempfile.mkdtemp(prefix=".portcall-", dir=output))
     except OSError as error:
         raise CellFailed(

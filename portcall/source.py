@@ -27,7 +27,6 @@ Reference = Callable[[Mapping[str, "np.ndarray[Any, Any]"]], dict[str, "np.ndarr
 
 FACTORY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 KINDS = "model.onnx, model.pt2 (torch.export) or package.module:factory"
-LATER = {".tflite": "a .tflite file is measured as it is: portcall bench FILE"}
 
 
 def classify(spec: str) -> str:
@@ -36,7 +35,8 @@ def classify(spec: str) -> str:
         return "torch"
     path = Path(spec)
     if path.suffix not in (".onnx", ".pt2"):
-        raise BadInput(f"cannot open {spec!r} as a model", f"Give {LATER.get(path.suffix, KINDS)}")
+        fix = f"Measure it as it is: portcall bench {spec}" if path.suffix == ".tflite" else f"Give {KINDS}"
+        raise BadInput(f"cannot open {spec!r} as a model", fix)
     if not path.exists():
         raise BadInput(f"no model file {spec!r}", f"Give the path of {KINDS}")
     if not path.is_file():

@@ -12,6 +12,7 @@ import numpy as np
 
 from portcall import artifact as artifacts
 from portcall.core import Artifact, BadInput, CellFailed, Outcome, PortcallError, outcome_of
+from portcall.exporters import get_backend
 from portcall.targets.agent.jobs import deviation
 from portcall.workspace import DataArgument, Workspace, open_source, read_data, run_reference
 
@@ -25,6 +26,7 @@ def run_verify(work: Workspace, folder: Path, evaluation: DataArgument | None) -
     start = time.perf_counter()
     folder = folder.resolve()
     manifest = artifacts.read_manifest(folder)
+    get_backend(manifest["backend"])
     result: dict[str, Any] = {
         "backend": manifest["backend"],
         "precision": manifest["precision"],

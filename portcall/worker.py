@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import portcall.exporters
-from portcall.targets.agent.errors import CellFailed, error_from_kind
+from portcall.targets.agent.errors import CellFailed, UnavailableError, error_from_kind
 
 PACKAGE_ROOT = Path(portcall.exporters.__file__).parent.parent
 AGENT_MAIN = PACKAGE_ROOT / "targets" / "agent" / "agent_main.py"
@@ -139,7 +139,7 @@ class WorkerPool:
                         env=_environment(),
                     )
                 except OSError as error:
-                    raise CellFailed(
+                    raise UnavailableError(
                         f"cannot start the interpreter {python}: {error.strerror}",
                         "Set the right path in portcall.toml ([backends.NAME] python) or PORTCALL_PYTHON_NAME",
                     ) from error
@@ -171,7 +171,7 @@ class WorkerPool:
                 ready = {key.fd for key, _ in selector.select(max(0.0, deadline - time.monotonic()))}
                 if not ready:
                     raise CellFailed(
-                        f"no answer within {timeout_s:.0f} s: the worker was killed",
+                        f"no answer within {timeout_s:g} s: the worker was killed",
                         "Allow more time with --timeout",
                     )
                 if self._stop.read_fd in ready:

@@ -1,8 +1,4 @@
-"""Small models and data for the tests; workers import this file as ``tests.models`` from the repository's root.
-
-``digits`` is a real classifier of scikit-learn's digits: convolutional features drawn by seed, and a linear readout
-solved in closed form, so that it needs no training time and is the same on every call.
-"""
+"""Small models and data for the tests; workers import this file as ``tests.models`` from the repository's root."""
 
 from __future__ import annotations
 
@@ -12,6 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+
+from examples.digits import calibration as digits_calibration
+from examples.digits import evaluation as digits_test
+from examples.digits import model as digits
+
+__all__ = ["digits", "digits_calibration", "digits_test"]
 
 Sample = dict[str, Any]
 BATCH = {0: torch.export.Dim.DYNAMIC}
@@ -86,55 +88,6 @@ def two_inputs_data() -> Iterator[Sample]:
             "token_ids": rng.integers(0, 50, (1, 7)),
             "features": rng.standard_normal((1, 4)).astype(np.float32),
         }
-
-
-class Digits(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.features = nn.Sequential(
-            nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.ReLU()
-        )
-        self.readout = nn.Linear(64 * 16, 10)
-
-    def forward(self, image: torch.Tensor) -> torch.Tensor:
-        return self.readout(torch.flatten(self.features(image), 1))  # type: ignore[no-any-return]
-
-
-def _digits_arrays() -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    from sklearn.datasets import load_digits
-
-    data = load_digits()
-    images = (data.images / 16.0).astype(np.float32)[:, None]
-    order = np.random.default_rng(0).permutation(len(images))
-    return images[order], data.target[order]
-
-
-def digits() -> tuple[Any, ...]:
-    torch.manual_seed(0)
-    network = Digits().eval()
-    images, labels = _digits_arrays()
-    with torch.no_grad():
-        features = torch.flatten(network.features(torch.from_numpy(images[:1200])), 1).double()
-        features = torch.cat([features, torch.ones(len(features), 1, dtype=torch.float64)], dim=1)
-        wanted = torch.nn.functional.one_hot(torch.from_numpy(labels[:1200]), 10).double() * 2 - 1
-        gram = features.T @ features + 0.1 * torch.eye(features.shape[1], dtype=torch.float64)
-        solution = torch.linalg.solve(gram, features.T @ wanted)
-        network.readout.weight.copy_(solution[:-1].T.float())
-        network.readout.bias.copy_(solution[-1].float())
-    return network, (torch.from_numpy(images[:2]),), (BATCH,)
-
-
-def digits_calibration() -> Iterator[Sample]:
-    images, _ = _digits_arrays()
-    for image in images[:100]:
-        yield {"image": image[None]}
-
-
-def digits_test() -> Iterator[Sample]:
-    """300 images that the readout was not solved on, with labels."""
-    images, labels = _digits_arrays()
-    for image, label in zip(images[1200:1500], labels[1200:1500], strict=True):
-        yield {"image": image[None], "label": int(label)}
 
 
 def training_mode() -> tuple[Any, ...]:

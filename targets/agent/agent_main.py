@@ -76,6 +76,10 @@ def _describe(error: BaseException) -> Dict[str, str]:
         or f"{type(error).__name__}: {text[0] if text else 'no message'}",
         "fix": getattr(error, "fix", ""),
     }
+    # Where another interpreter than portcall's own is set for a backend.
+    if isinstance(error, ModuleNotFoundError) and error.name == "numpy":
+        known["kind"], known["message"] = "unavailable", "the interpreter %s has no numpy" % sys.executable
+        known["fix"] = "%s -m pip install numpy" % sys.executable
     if not isinstance(known["kind"], str) or not isinstance(known["message"], str):
         known = {"kind": "failed", "message": f"{type(error).__name__}: {error}", "fix": ""}
     known["traceback"] = "".join(traceback.format_exception(type(error), error, error.__traceback__))

@@ -57,6 +57,17 @@ class Range:
     symmetric: bool = False
 
 
+    def is_beyond_int8(self) -> bool:
+        """Tell whether the tensor mixes ordinary values with magnitudes of 10,000 or more.
+
+        Those are sentinels (an attention mask adds -1e4, -1e9 or the least float32): 8 bits over such a range leave
+        nothing of the ordinary values, so that operators around it stay in floating point.
+        """
+        return max(-self.minimum, self.maximum) >= SENTINEL
+
+
+SENTINEL = 1e4
+
 Ranges = Mapping[str, Range]
 """Tensor name in the tapped graph -> range. No exporter sees histograms."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
+import sys
 from typing import List, Sequence, Union
 
 from portcall.targets.agent.contract import Available, Unavailable
@@ -17,7 +18,9 @@ def probe_modules(
 
     imported: modules to import for real. found: modules that need only exist (their import takes seconds).
     """
-    missing: List[str] = [name for name in [*imported, *found] if importlib.util.find_spec(name) is None]
+    # Top-level names only: find_spec of a dotted one imports its parents, and raises where they are missing or broken.
+    names = [name.partition(".")[0] for name in [*imported, *found]]
+    missing: List[str] = [name for name in names if importlib.util.find_spec(name) is None]
     fix = f"pip install 'portcall[{extra}]'"
     if missing:
         return Unavailable(f"not installed: {', '.join(missing)}", fix)
@@ -28,4 +31,8 @@ def probe_modules(
         return Unavailable(
             f"cannot import {name}: {type(error).__name__}: {error}", f"{fix} --force-reinstall"
         )
-    return Available(importlib.metadata.version(distribution or (list(imported) or list(found))[0]))
+    first = [*imported, *found][0]
+    try:
+        return Available(importlib.metadata.version(distribution or first))
+    except importlib.metadata.PackageNotFoundError:  # another build of it: onnxruntime-gpu, conda's openvino
+        return Available(str(getattr(sys.modules.get(first), "__version__", "unknown")))

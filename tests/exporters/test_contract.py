@@ -1,0 +1,60 @@
+"""The contract of every backend: each class below states the facts of one."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import portcall.exporters
+from portcall.exporters import backend_names
+from tests.exporters.contract import BackendContract, assert_light_imports
+
+
+class TestNull(BackendContract):
+    name = "null"
+    runtime = ()
+    export_needs = ("onnx",)
+    models = ("copy",)
+    refused_models = ("image", "two_inputs", "onnx")
+    floors_db = {"fp32": 300.0}
+    census_method = "nothing is computed"
+    computes = False
+
+
+class TestOnnxRuntime(BackendContract):
+    name = "onnxruntime"
+    runtime = ("onnxruntime",)
+    export_needs = ("onnx",)
+    floors_db = {"fp32": 120.0, "fp16": 55.0, "int8-dynamic": 30.0, "int8": 18.0}
+    census_method = "Q/DQ and integer operators of the ONNX graph"
+
+
+class TestOpenVino(BackendContract):
+    name = "openvino"
+    runtime = ("openvino",)
+    export_needs = ("onnx", "onnxruntime")
+    floors_db = {"fp32": 120.0, "fp16": 55.0, "int8": 18.0}
+    census_method = "runtime precision of the compiled model on this CPU"
+
+
+class TestTfLite(BackendContract):
+    name = "tflite"
+    runtime = ("ai_edge_litert",)
+    export_needs = ("ai_edge_quantizer",)
+    export_finds = ("torch", "litert_torch")
+    models = ("image", "two_inputs")
+    refused_models = ("onnx",)
+    floors_db = {"fp32": 115.0, "fp16": 55.0, "int8-dynamic": 30.0, "int8": 18.0, "int16x8": 18.0}
+    census_method = "operator types of the flatbuffer"
+    dynamic = False
+
+
+def test_every_backend_has_a_contract_class() -> None:
+    assert {c.name for c in BackendContract.__subclasses__()} == set(backend_names())
+
+
+@pytest.mark.parametrize("path", sorted(Path(portcall.exporters.__path__[0]).glob("_*.py")), ids=lambda p: p.name)
+def test_shared_parts_can_travel_too(path: Path) -> None:
+    assert_light_imports(ast.parse(path.read_text(), feature_version=(3, 8)))
