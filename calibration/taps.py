@@ -6,6 +6,7 @@ are called in workers.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -33,7 +34,9 @@ def plan_onnx(arguments: Mapping[str, Any], progress: object) -> dict[str, Any]:
         if name not in present:
             model.graph.output.append(onnx.helper.make_empty_tensor_value_info(name))
     path = graph.path.with_name("tap.onnx")  # beside the graph: external data is found by relative path
-    path.write_bytes(model.SerializeToString())
+    part = path.with_name(f".tap-{os.getpid()}.onnx")
+    part.write_bytes(model.SerializeToString())
+    part.replace(path)
     return {"path": str(path), "tensors": tensors}
 
 

@@ -22,7 +22,7 @@ def quantize(graph: Graph, path: Path) -> Tuple[str, ...]:
     model = onnx.load(str(graph.path))
     _convolutions(model)
     raw = path.with_name("dynamic.onnx")
-    large = model.ByteSize() > _onnx.EXTERNAL_ABOVE_BYTES
+    large = _onnx.is_large(model)
     quantize_dynamic(model, str(raw), weight_type=QuantType.QUInt8, use_external_data_format=large)
     quantized = onnx.load(str(raw))
     for file in (raw, raw.with_name(raw.name + ".data")):

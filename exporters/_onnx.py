@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Sequence, Tuple
 
@@ -111,13 +112,18 @@ def save(model: Any, path: Path) -> Tuple[str, ...]:
     ONNXModel(model).topological_sort()
     model.ir_version = onnx.helper.find_min_ir_version_for(list(model.opset_import), ignore_unknown=True)
     files: Tuple[str, ...] = (path.name,)
-    if model.ByteSize() <= EXTERNAL_ABOVE_BYTES:
+    if not is_large(model):
         onnx.save_model(model, str(path))
     else:
         files = (path.name, path.name + ".data")
         onnx.save_model(model, str(path), save_as_external_data=True, location=files[1], size_threshold=1024)
     onnx.checker.check_model(str(path))
     return files
+
+
+def is_large(model: Any) -> bool:
+    """Tell whether the weights go to a file of their own. (A message above 2 GB cannot tell its own size.)"""
+    return sum(len(t.raw_data) or 8 * math.prod(t.dims) for t in model.graph.initializer) > EXTERNAL_ABOVE_BYTES
 
 
 def graph_sha256(path: Path) -> str:

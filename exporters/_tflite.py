@@ -203,7 +203,8 @@ def census(path: Path) -> Census:
             if name not in COMPUTE_OPS:
                 continue
             weight = tensors[1]
-            macs = _macs(name, [tuple(t.shape) for t in tensors], tuple(output.shape))
+            transposed = bool(getattr(op.builtinOptions, "adjX", False))
+            macs = _macs(name, [tuple(t.shape) for t in tensors], tuple(output.shape), transposed)
             total += macs
             if weight.type in (TensorType.INT8, TensorType.INT4, TensorType.UINT8):
                 quantize += 1
@@ -213,8 +214,11 @@ def census(path: Path) -> Census:
     return Census(quantize, total, integer, tuple(floats), "operator types of the flatbuffer")
 
 
-def _macs(name: str, shapes: List[Tuple[int, ...]], output: Tuple[int, ...]) -> int:
-    """Multiply-accumulates of one operator; weights are [out, *kernel, in], depthwise [1, *kernel, out]."""
+def _macs(name: str, shapes: List[Tuple[int, ...]], output: Tuple[int, ...], transposed: bool) -> int:
+    """Multiply-accumulates of one operator; weights are [out, *kernel, in], depthwise [1, *kernel, out].
+
+    transposed: the left operand of a batched product is [..., inner, rows].
+    """
     weight = shapes[1]
     if name == "TRANSPOSE_CONV":  # inputs: output shape, weights, activations
         elements, per_element = shapes[2], (*weight[1:-1], weight[0])
@@ -223,7 +227,7 @@ def _macs(name: str, shapes: List[Tuple[int, ...]], output: Tuple[int, ...]) -> 
     elif name == "CONV_3D":
         elements, per_element = output, weight[:-1]
     elif name == "BATCH_MATMUL":
-        elements, per_element = output, shapes[0][-1:]
+        elements, per_element = output, shapes[0][-2:-1] if transposed else shapes[0][-1:]
     else:
         elements, per_element = output, weight[1:]
     result = 1

@@ -55,7 +55,7 @@ def lower(source: Source, directory: Path) -> Graph:
                 )
             name = node.input[0]
         copies[output.name] = name
-    path = directory / "graph.json"
+    path = directory / "graph.null"  # graph.json is the pipeline's
     path.write_text(json.dumps({"inputs": [t.to_json() for t in source.inputs], "copies": copies}))
     names = {t.name: t.name for t in (*source.inputs, *source.outputs)}
     return Graph("null", path, hashlib.sha256(path.read_bytes()).hexdigest(), source, names)

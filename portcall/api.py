@@ -202,7 +202,7 @@ class LoadedArtifact:
                 raise BadInput(
                     f"no input {tensor.source!r} given", f"Give: {', '.join(t.source for t in self.inputs)}"
                 )
-            array = np.ascontiguousarray(inputs[tensor.source])
+            array = np.asarray(inputs[tensor.source], order="C")  # ascontiguousarray would make a scalar 1-D
             if array.dtype != np.dtype(tensor.dtype):
                 raise BadInput(
                     f"input {tensor.source!r} is {array.dtype}, not {tensor.dtype}",

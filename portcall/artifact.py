@@ -88,7 +88,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         if not isinstance(value, kind):
             raise BadInput(f"{path} lacks {key!r}, or it is no {kind.__name__}", "Export the artifact again")
     for name in (manifest["entry"], manifest["backend"], manifest["precision"], *manifest["files"]):
-        if Path(name).name != name or name in (".", ".."):
+        if Path(name).name != name or name in ("", ".", ".."):
             raise BadInput(
                 f"{path} names {name!r}, which is outside the artifact", "Do not use this artifact"
             )
@@ -163,6 +163,9 @@ def finish(staging: Path, target: Path, manifest: dict[str, Any]) -> dict[str, A
     manifest["files"] = {p.name: {"sha256": sha256_file(p), "size_bytes": p.stat().st_size} for p in files}
     manifest["identity"] = identity(manifest)
     write_json(staging / MANIFEST, manifest)
+    umask = os.umask(0)
+    os.umask(umask)
+    staging.chmod(0o777 & ~umask)  # it was made private, as temporary folders are
     replaced = target.with_name(f".{target.name}.replaced")
     if target.exists():
         target.replace(replaced)

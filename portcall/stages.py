@@ -102,7 +102,7 @@ def _examples(source: Source) -> Arrays:
     flat = [t.numpy() for t in flat_examples(program)]
     shapes = source.example_shapes
     return {
-        spec.name: np.ascontiguousarray(array[tuple(slice(0, d) for d in shapes[spec.name])])
+        spec.name: np.asarray(array[tuple(slice(0, d) for d in shapes[spec.name])], order="C")
         for spec, array in zip(source.inputs, flat, strict=True)
     }
 

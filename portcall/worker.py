@@ -7,6 +7,7 @@ holds the other end). The parent sleeps on the process and its progress pipe; it
 from __future__ import annotations
 
 import contextlib
+import contextlib
 import json
 import os
 import selectors
@@ -29,8 +30,18 @@ AGENT_MAIN = PACKAGE_ROOT / "targets" / "agent" / "agent_main.py"
 Progress = Callable[[int, int | None], None]
 
 
-class Interrupted(BaseException):
-    """Raised in a thread whose worker was ended because the user interrupted the main thread."""
+class Interrupted(KeyboardInterrupt):
+    """Raised where a worker was ended, or not started, because the user interrupted the command."""
+
+
+_open_pools: set[WorkerPool] = set()
+
+
+def interrupt_all() -> bool:
+    """End the workers of every open pool; tell whether there was one. Safe in a signal handler."""
+    for pool in list(_open_pools):
+        pool.interrupt()
+    return bool(_open_pools)
 
 
 class _Stop:
@@ -58,10 +69,14 @@ class WorkerPool:
         self._stop = _Stop()
 
     def __enter__(self) -> WorkerPool:
+        _open_pools.add(self)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        _open_pools.discard(self)
         self._stop.close()
+        if self._stop.is_set and kind is None:
+            raise Interrupted
 
     def interrupt(self) -> None:
         """End every running worker; their callers get Interrupted."""
@@ -82,6 +97,8 @@ class WorkerPool:
         backend: whose interpreter to use (``portcall.toml``). log: where the worker's output is kept if it fails.
         Raises the PortcallError that the worker raised, or CellFailed with the true reason of its death.
         """
+        if self._stop.is_set:
+            raise Interrupted
         python = self.pythons.get(backend or "", sys.executable)
         with tempfile.TemporaryDirectory(prefix="portcall-job-") as name:
             folder = Path(name)
@@ -103,8 +120,9 @@ class WorkerPool:
                 return answer["value"]
             except CellFailed:
                 if log is not None and output.exists():
-                    log.parent.mkdir(parents=True, exist_ok=True)
-                    log.write_bytes(_tail(output, 1 << 20))
+                    with contextlib.suppress(OSError):  # the disk may be why it failed: that reason must get through
+                        log.parent.mkdir(parents=True, exist_ok=True)
+                        log.write_bytes(_tail(output, 1 << 20))
                 raise
 
     def _run(
@@ -146,7 +164,7 @@ class WorkerPool:
             os.close(lifeline_read)
             os.close(progress_write)
             lifeline_read = progress_write = -1
-            return self._wait(process, progress_read, timeout_s, on_progress)
+            return self._wait(process, progress_read, output, timeout_s, on_progress)
         finally:
             for fd in (lifeline_read, progress_write, lifeline_write, progress_read):
                 if fd >= 0:
@@ -158,6 +176,7 @@ class WorkerPool:
         self,
         process: subprocess.Popen[bytes],
         progress_fd: int,
+        output: Path,
         timeout_s: float,
         on_progress: Progress | None,
     ) -> int:
@@ -169,13 +188,13 @@ class WorkerPool:
             selector.register(exited, selectors.EVENT_READ)
             while True:
                 ready = {key.fd for key, _ in selector.select(max(0.0, deadline - time.monotonic()))}
-                if not ready:
-                    raise CellFailed(
-                        f"no answer within {timeout_s:g} s: the worker was killed",
-                        "Allow more time with --timeout",
-                    )
                 if self._stop.read_fd in ready:
                     raise Interrupted
+                if exited.fileno() not in ready and time.monotonic() >= deadline:  # however much progress it reports
+                    raise CellFailed(
+                        f"no answer within {timeout_s:g} s: the worker was killed{_last_line(output)}",
+                        "Allow more time with --timeout",
+                    )
                 if progress_fd in ready:
                     chunk = os.read(progress_fd, 65536)
                     if not chunk:
@@ -232,10 +251,9 @@ def _command(python: str) -> list[str]:
 def _environment() -> dict[str, str]:
     """Return the environment without entries of PYTHONPATH that mean the current folder."""
     environment = dict(os.environ)
-    here = Path.cwd()
-    path = [
-        p for p in environment.get("PYTHONPATH", "").split(os.pathsep) if p and Path(p).absolute() != here
-    ]
+    here = os.path.realpath("")
+    entries = environment.get("PYTHONPATH", "").split(os.pathsep)
+    path = [p for p in entries if p and os.path.realpath(p) != here]
     environment.pop("PYTHONPATH", None)
     if path:
         environment["PYTHONPATH"] = os.pathsep.join(path)

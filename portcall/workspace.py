@@ -149,20 +149,7 @@ def lower(work: Workspace, source: Source, backend: Backend) -> Graph:
         _prune(place.parent, keep=place)
     os.utime(place)
     graph = Graph.from_json(json.loads((place / "graph.json").read_text()))
-    # Tap graphs are written beside the graph: work on links in a folder of our own, never in the cache.
-    own = work.folder / f"graph-{backend.graph}"
-    if not own.exists():
-        own.mkdir()
-        for file in place.iterdir():
-            _link(file, own / file.name)
-    return replace(graph, path=own / graph.path.name, source=source)
-
-
-def _link(file: Path, target: Path) -> None:
-    try:
-        os.link(file, target)
-    except OSError:
-        shutil.copyfile(file, target)
+    return replace(graph, path=place / graph.path.name, source=source)
 
 
 def _prune(folder: Path, keep: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -208,7 +209,8 @@ with WorkerPool() as pool:
 def test_worker_and_its_children_die_with_the_parent(faults: Path, mark: str, guarded: bool) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", DRIVER, str(faults), mark], stdout=subprocess.PIPE, text=True
-    ) as parent:
+    ) as parent, contextlib.ExitStack() as stack:
+        stack.callback(parent.kill)
         assert parent.stdout is not None
         assert parent.stdout.readline() == "running\n"
         others = {pid: line for pid, line in running(mark).items() if pid != parent.pid}
@@ -216,7 +218,6 @@ def test_worker_and_its_children_die_with_the_parent(faults: Path, mark: str, gu
         if not guarded:  # the guardian is the worker's child with the worker's own command line
             workers = sorted(pid for pid, line in others.items() if "agent_main.py" in line)
             os.kill(next(pid for pid in workers if _parent_of(pid) in workers), signal.SIGKILL)
-        parent.kill()
     left = left_running(mark)
     if guarded:
         assert left == {}

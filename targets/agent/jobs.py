@@ -80,7 +80,7 @@ class _Names:
 
     def bind(self, session: Session, arrays: Mapping[str, np.ndarray]) -> None:
         session.set_inputs(
-            {name: np.ascontiguousarray(arrays[source]) for source, name in self.inputs.items()}
+            {name: np.asarray(arrays[source], order="C") for source, name in self.inputs.items()}
         )
 
     def results(self, session: Session) -> Dict[str, np.ndarray]:
