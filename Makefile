@@ -1,12 +1,13 @@
 # make demo, make test: each does all of its own set-up on a fresh machine, in .venv.
 PYTHON ?= python3
 BIN := .venv/bin
+SECONDS_PER_CELL ?= 12
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .PHONY: demo test lint clean
 
 demo: .venv/installed
-	$(BIN)/python -m examples.demo
+	$(BIN)/python -m examples.demo --seconds $(SECONDS_PER_CELL)
 
 test: .venv/installed
 	$(BIN)/python -m pytest

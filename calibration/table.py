@@ -5,11 +5,13 @@ A zip of ``table.json`` and one ``.npy`` per array. Schema 1: exact minimum and 
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import io
 import json
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from portcall.targets.agent.contract import Range
-from portcall.targets.agent.errors import BadInput
+from portcall.targets.agent.errors import BadInput, CellFailed
 
 SCHEMA = 1
 METHODS = ("minmax",)
@@ -68,6 +70,19 @@ class Section:
         return {name: Range(low, high) for name, low, high in pairs}
 
 
+# What zipfile, zlib, json and numpy raise for a file that was damaged or made by something else.
+_MALFORMED = (
+    zipfile.BadZipFile,
+    zlib.error,
+    EOFError,
+    LookupError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    RuntimeError,
+)
+
+
 @dataclass(frozen=True, slots=True)
 class CalibrationTable:
     """Sections by graph hash."""
@@ -100,8 +115,15 @@ class CalibrationTable:
             text = json.dumps({"schema": SCHEMA, "sections": listing}, indent=1, sort_keys=True)
             archive.writestr(zipfile.ZipInfo("table.json", EPOCH), text)
         part = path.with_name(f".{path.name}.part")
-        part.write_bytes(buffer.getvalue())
-        part.replace(path)
+        try:
+            part.write_bytes(buffer.getvalue())
+            part.replace(path)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
+            raise CellFailed(
+                f"cannot write {path}: {error.strerror}", "Free space there or choose another -o"
+            ) from error
 
     @staticmethod
     def load(path: Path) -> CalibrationTable:
@@ -119,7 +141,7 @@ class CalibrationTable:
                 sections = [
                     _section(archive, number, entry) for number, entry in enumerate(table["sections"])
                 ]
-        except (zipfile.BadZipFile, KeyError, TypeError, ValueError) as error:
+        except _MALFORMED as error:
             raise BadInput(f"{path} is not a calibration table: {error}", "Calibrate again") from error
         return CalibrationTable({s.graph_sha256: s for s in sections})
 
@@ -131,15 +153,14 @@ def _section(archive: zipfile.ZipFile, number: int, entry: Mapping[str, Any]) ->
         )
         return found
 
-    return Section(
-        entry["kind"],
-        entry["graph_sha256"],
-        entry["source_sha256"],
-        DataRecord(**entry["data"]),
-        tuple(entry["tensors"]),
-        array("minimum"),
-        array("maximum"),
-    )
+    tensors = tuple(entry["tensors"])
+    low, high = array("minimum"), array("maximum")
+    if not all(a.dtype == np.float64 and a.shape == (len(tensors),) for a in (low, high)):
+        raise ValueError(f"section {number} does not hold a range for each of its {len(tensors)} tensors")
+    if not (np.isfinite(low).all() and np.isfinite(high).all() and (low <= high).all()):
+        raise ValueError(f"section {number} holds a range that is none")
+    data = DataRecord(**entry["data"])
+    return Section(entry["kind"], entry["graph_sha256"], entry["source_sha256"], data, tensors, low, high)
 
 
 def table_sha256(path: Path) -> str:

@@ -168,8 +168,14 @@ def finish(staging: Path, target: Path, manifest: dict[str, Any]) -> dict[str, A
     staging.chmod(0o777 & ~umask)  # it was made private, as temporary folders are
     replaced = target.with_name(f".{target.name}.replaced")
     if target.exists():
+        shutil.rmtree(replaced, ignore_errors=True)  # left by a command that was killed at this point
         target.replace(replaced)
-    staging.replace(target)
+    try:
+        staging.replace(target)
+    except OSError:
+        if replaced.exists():
+            replaced.replace(target)
+        raise
     shutil.rmtree(replaced, ignore_errors=True)
     return manifest
 
@@ -177,8 +183,12 @@ def finish(staging: Path, target: Path, manifest: dict[str, Any]) -> dict[str, A
 def write_json(path: Path, value: Any) -> None:
     """Write *value* to *path* whole or not at all."""
     part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(value, indent=2) + "\n")
-    part.replace(path)
+    try:
+        part.write_text(json.dumps(value, indent=2) + "\n")
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def model_bytes(manifest: Mapping[str, Any]) -> int:

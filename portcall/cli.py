@@ -16,6 +16,7 @@ from portcall import __version__
 
 OK, FAILED_VERIFICATION, BAD_INPUT, CELL_FAILED, INTERRUPTED = 0, 1, 2, 4, 130
 PORTCALL_SCHEMA = 1
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 MODEL_HELP = "model.onnx, model.pt2, or package.module:factory (a .pt2 or a factory runs code, in a worker)"
 DATA_HELP = "x.npz keyed by input name, a folder of .npy, a folder of images (with --preprocess), package.module:callable"
@@ -346,9 +347,11 @@ def _print_error(kind: str, message: str, fix: str, as_json: bool) -> None:
         print(f"portcall: {message}" + (f"\n  {fix}" if fix else ""), file=sys.stderr)
 
 
-def _interrupt(signum: int, frame: object) -> NoReturn:
-    signal.signal(signum, signal.SIG_IGN)  # once is enough: what follows is tidying up
-    raise KeyboardInterrupt
+def _interrupt(signum: int, frame: object) -> None:
+    """End the running worker; its caller then raises, where it can tidy up. Raise at once where there is none."""
+    worker = sys.modules.get("portcall.worker")
+    if worker is None or not getattr(worker, "interrupt_all", bool)():  # bool: the module is only half imported
+        raise KeyboardInterrupt
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -356,12 +359,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     as_json = "--json" in given
     try:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in SIGNALS:
             signal.signal(number, _interrupt)
         return _dispatch(given, as_json)
     except KeyboardInterrupt:
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
         _print_error("interrupted", "interrupted; nothing half-written was left behind", "", as_json)
         return INTERRUPTED
+    except OSError as error:  # a full or read-only disk, where no cell can be blamed
+        place = f" {error.filename}" if error.filename else ""
+        message = f"cannot read or write{place}: {error.strerror or error}"
+        fix = "Free space there, or choose another place (-o, TMPDIR, PORTCALL_CACHE)"
+        _print_error("failed", message, fix, as_json)
+        return CELL_FAILED
     except Exception as error:  # a bug of ours: exit code 1 would say that an artifact failed verification
         traceback.print_exc()
         message = f"internal error: {type(error).__name__}: {error}"

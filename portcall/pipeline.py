@@ -82,6 +82,8 @@ def run_export(work: Workspace, plan: ExportPlan) -> list[dict[str, Any]]:
         raise BadInput(f"{plan.table} holds no section", "Calibrate again")
     probing = {name: _attempt(partial(work.probe, name, "export")) for name in backends}
     source = open_source(work, plan.model, plan.shapes)
+    if table is not None:
+        _check_table(plan, table, source)
     _check_output(plan.output, source)
     evaluation, calibration = _choose_samples(work, plan, source)
     source = evaluation.source
@@ -109,6 +111,17 @@ def _attempt(action: Callable[[], None]) -> PortcallError | None:
     except PortcallError as error:
         return error
     return None
+
+
+def _check_table(plan: ExportPlan, table: CalibrationTable, source: Source) -> None:
+    """Refuse a table that was made from another model."""
+    made_from = [s.source_sha256 for s in table.sections.values()]
+    if source.sha256 not in made_from:
+        raise BadInput(
+            f"{plan.table} was made from another model (source sha256 {made_from[0][:12]}, "
+            f"this model has {source.sha256[:12]})",
+            f"Run: portcall calibrate {plan.model} --data DATA -o {plan.table}",
+        )
 
 
 def _check_output(output: Path, source: Source) -> None:
@@ -317,13 +330,6 @@ class _Cells:
         if self._table is not None:
             if graph.sha256 in self._table.sections:
                 return self._table.sections[graph.sha256]
-            others = [s for s in self._table.sections.values() if s.source_sha256 != graph.source.sha256]
-            if len(others) == len(self._table.sections):
-                raise BadInput(
-                    f"{self._plan.table} was made from another model (source sha256 {others[0].source_sha256[:12]}, "
-                    f"this model has {graph.source.sha256[:12]})",
-                    f"Run: portcall calibrate {self._plan.model} --data DATA -o {self._plan.table}",
-                )
             if record is None:
                 record = self._recorded(graph)
         assert record is not None

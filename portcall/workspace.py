@@ -15,7 +15,16 @@ from typing import Any
 
 import portcall
 from portcall.calibration.table import DataRecord, Section
-from portcall.core import Backend, BadInput, Graph, Settings, Source, UnavailableError, UnsupportedError
+from portcall.core import (
+    Backend,
+    BadInput,
+    CellFailed,
+    Graph,
+    Settings,
+    Source,
+    UnavailableError,
+    UnsupportedError,
+)
 from portcall.progress import Reporter
 from portcall.source import classify
 from portcall.worker import WorkerPool
@@ -137,8 +146,14 @@ def lower(work: Workspace, source: Source, backend: Backend) -> Graph:
     key = hashlib.sha256(json.dumps(key_parts, sort_keys=True).encode()).hexdigest()
     place = work.settings.cache / "graphs" / key
     if not (place / "graph.json").is_file():
-        place.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=".lowering-", dir=place.parent))
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            staging = Path(tempfile.mkdtemp(prefix=".lowering-", dir=place.parent))
+        except OSError as error:
+            raise CellFailed(
+                f"cannot write the cache {work.settings.cache}: {error.strerror}",
+                "Free space there, or set PORTCALL_CACHE to a folder that can be written",
+            ) from error
         try:
             job = {"backend": backend.name, "source": source.to_json(), "directory": str(staging)}
             work.call("portcall.stages:lower", job, f"lower to {backend.graph}", backend.name)
@@ -147,7 +162,8 @@ def lower(work: Workspace, source: Source, backend: Backend) -> Graph:
         finally:
             shutil.rmtree(staging, ignore_errors=True)
         _prune(place.parent, keep=place)
-    os.utime(place)
+    with contextlib.suppress(OSError):  # a cache that cannot be written serves for reading
+        os.utime(place)
     graph = Graph.from_json(json.loads((place / "graph.json").read_text()))
     return replace(graph, path=place / graph.path.name, source=source)
 

@@ -35,6 +35,7 @@ def lab(tiny_onnx: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[P
         _data(lab)
         _folders(lab)
         _artifacts(lab)
+        _table_of_another_model(lab)
         yield lab
 
 
@@ -117,6 +118,17 @@ def _folders(lab: Path) -> None:
     (lab / "full").mkdir()
     (lab / "full" / "notes.txt").write_text("mine")
     (lab / "file").write_text("mine")
+
+
+def _table_of_another_model(lab: Path) -> None:
+    import onnx
+
+    model = onnx.load(lab / "tiny.onnx")
+    weights = model.graph.initializer[0]
+    weights.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(weights) * 2, weights.name))
+    onnx.save(model, lab / "twice.onnx")
+    command = [sys.executable, "-m", "portcall", "calibrate", str(lab / "twice.onnx")]
+    subprocess.run([*command, "--data", str(lab / "data.npz"), "-o", str(lab / "twice.pctable")], check=True)
 
 
 def _artifacts(lab: Path) -> None:
@@ -321,6 +333,9 @@ table is text | export {lab}/tiny.onnx INT8 --table {lab}/text.pctable
 table is an npz | export {lab}/tiny.onnx INT8 --table {lab}/data.npz
     2 | data.npz is not a calibration table
     fix | Calibrate again
+table of another model | export {lab}/tiny.onnx INT8 --table {lab}/twice.pctable
+    2 | twice.pctable was made from another model
+    fix | Run: portcall calibrate; tiny.onnx
 output has other content | export {lab}/tiny.onnx --to onnxruntime:fp32 -o {lab}/full
     2 | full has other content: notes.txt
     fix | new or empty
@@ -552,6 +567,15 @@ def test_a_bare_file_that_is_no_model_is_a_failed_cell(portcall: Run, lab: Path,
     assert done.returncode == 4 and "Traceback" not in done.stderr
     [result] = json.loads(done.stdout)["results"]
     assert result["outcome"] == "failed" and result["reason"] and result["latency"] is None
+
+
+def test_integer_inputs_can_be_measured_with_data(portcall: Run, lab: Path) -> None:
+    options = ["--data", lab / "ids.npz", "--processes", "1", "--min-time", "0.01", "--json"]
+    done = portcall("bench", lab / "integers.onnx", *options)
+    assert done.returncode == 0, done.stdout
+    [result] = json.loads(done.stdout)["results"]
+    assert result["outcome"] == "measurement"
+    assert not any("random" in w for w in result["warnings"])
 
 
 # ----------------------------------------------------------------------------------- settings, paths of all kinds
