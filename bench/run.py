@@ -242,6 +242,7 @@ def _result(subject: _Subject, target: str, workload: Workload) -> dict[str, Any
         "precision": subject.artifact.precision,
         "target": target,
         "outcome": Outcome.MEASUREMENT.value,
+        "error_kind": None,
         "reason": None,
         "fix": None,
         "latency": None,

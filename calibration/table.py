@@ -80,6 +80,7 @@ _MALFORMED = (
     ValueError,
     AttributeError,
     RuntimeError,
+    OSError,
 )
 
 

@@ -123,7 +123,9 @@ def save(model: Any, path: Path) -> Tuple[str, ...]:
 
 def is_large(model: Any) -> bool:
     """Tell whether the weights go to a file of their own. (A message above 2 GB cannot tell its own size.)"""
-    return sum(len(t.raw_data) or 8 * math.prod(t.dims) for t in model.graph.initializer) > EXTERNAL_ABOVE_BYTES
+    return (
+        sum(len(t.raw_data) or 8 * math.prod(t.dims) for t in model.graph.initializer) > EXTERNAL_ABOVE_BYTES
+    )
 
 
 def graph_sha256(path: Path) -> str:

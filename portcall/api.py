@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -230,10 +230,3 @@ def load(artifact: str | Path, *, threads: int = 1) -> LoadedArtifact:
     stack = contextlib.ExitStack()
     session = stack.enter_context(get_backend(opened.backend).load(opened, Workload(threads=threads)))
     return LoadedArtifact(opened, session, stack)
-
-
-@contextlib.contextmanager
-def loaded(artifact: str | Path, *, threads: int = 1) -> Iterator[LoadedArtifact]:
-    """``load`` for a with statement."""
-    with load(artifact, threads=threads) as opened:
-        yield opened

@@ -195,6 +195,9 @@ def _bench(commands: Any) -> None:
     )
     parser.add_argument("--threads", type=_count, default=1, metavar="N", help="of the runtime (default 1)")
     parser.add_argument(
+        "--batch", type=_count, default=1, metavar="N", help="samples per inference (default 1)"
+    )
+    parser.add_argument(
         "--min-time", type=_seconds, default=1.0, metavar="S", help="timed per process (default 1 s)"
     )
     parser.add_argument(
@@ -306,6 +309,7 @@ def _run_bench(options: argparse.Namespace) -> tuple[dict[str, Any], str, int]:
     from portcall.progress import Reporter
 
     workload = Workload(
+        batch=options.batch,
         threads=options.threads,
         processes=options.processes,
         min_time_s=options.min_time,
@@ -326,7 +330,9 @@ def _run_bench(options: argparse.Namespace) -> tuple[dict[str, Any], str, int]:
 
 
 def _code(results: Sequence[dict[str, Any]], allow_unavailable: bool) -> int:
-    """Return the exit code of a matrix: 4 unless every cell ended in an artifact or a measurement."""
+    """Return the exit code of a matrix: 0 if every cell ended in an artifact or a measurement."""
+    if any(r["error_kind"] == "verification" for r in results):
+        return FAILED_VERIFICATION
     good = {"artifact", "measurement"} | ({"unavailable"} if allow_unavailable else set())
     return OK if all(r["outcome"] in good for r in results) else CELL_FAILED
 
@@ -350,7 +356,9 @@ def _print_error(kind: str, message: str, fix: str, as_json: bool) -> None:
 def _interrupt(signum: int, frame: object) -> None:
     """End the running worker; its caller then raises, where it can tidy up. Raise at once where there is none."""
     worker = sys.modules.get("portcall.worker")
-    if worker is None or not getattr(worker, "interrupt_all", bool)():  # bool: the module is only half imported
+    if (
+        worker is None or not getattr(worker, "interrupt_all", bool)()
+    ):  # bool: the module is only half imported
         raise KeyboardInterrupt
 
 

@@ -33,6 +33,7 @@ from portcall.targets.agent.errors import (
     PortcallError,
     UnavailableError,
     UnsupportedError,
+    VerificationFailed,
 )
 
 __all__ = [
@@ -41,7 +42,6 @@ __all__ = [
     "BadInput",
     "Cell",
     "CellFailed",
-    "Exit",
     "Graph",
     "Outcome",
     "PortcallError",
@@ -53,6 +53,7 @@ __all__ = [
     "TensorSpec",
     "UnavailableError",
     "UnsupportedError",
+    "VerificationFailed",
     "Workload",
     "outcome_of",
     "parse_cells",
@@ -67,25 +68,6 @@ class Outcome(StrEnum):
     UNAVAILABLE = "unavailable"
     UNSUPPORTED = "unsupported"
     FAILED = "failed"
-
-
-class Exit(StrEnum):
-    """Names of the exit codes; ``EXIT_CODES`` holds the numbers."""
-
-    OK = "ok"
-    FAILED_VERIFICATION = "failed verification"
-    BAD_INPUT = "bad input"
-    CELL_FAILED = "a cell failed"
-    INTERRUPTED = "interrupted"
-
-
-EXIT_CODES = {
-    Exit.OK: 0,
-    Exit.FAILED_VERIFICATION: 1,
-    Exit.BAD_INPUT: 2,
-    Exit.CELL_FAILED: 4,
-    Exit.INTERRUPTED: 130,
-}
 
 
 def outcome_of(error: PortcallError) -> Outcome:

@@ -18,7 +18,14 @@ from typing import Any
 
 import portcall
 from portcall import artifact as artifacts
-from portcall.calibration.table import CalibrationTable, DataRecord, Section, check_method, table_sha256
+from portcall.calibration.table import (
+    METHODS,
+    CalibrationTable,
+    DataRecord,
+    Section,
+    check_method,
+    table_sha256,
+)
 from portcall.core import (
     Artifact,
     Backend,
@@ -31,6 +38,7 @@ from portcall.core import (
     Ranges,
     Recipe,
     Source,
+    VerificationFailed,
     outcome_of,
 )
 from portcall.exporters import get_backend
@@ -77,6 +85,8 @@ def run_export(work: Workspace, plan: ExportPlan) -> list[dict[str, Any]]:
             f"Run: portcall export {plan.model} --to {calibrated[0]} --data DATA -o DIR",
         )
     check_method(plan.method)
+    if plan.method not in METHODS:
+        raise BadInput(f"no calibration method {plan.method!r}", f"There are: {', '.join(METHODS)}")
     table = None if plan.table is None else CalibrationTable.load(plan.table)
     if table is not None and not table.sections:
         raise BadInput(f"{plan.table} holds no section", "Calibrate again")
@@ -300,6 +310,7 @@ class _Cells:
             "backend": cell.backend,
             "precision": cell.precision,
             "outcome": Outcome.ARTIFACT.value,
+            "error_kind": None,
             "reason": None,
             "fix": None,
             "path": str(self._plan.output / cell.folder),
@@ -434,13 +445,13 @@ class _Cells:
 
 
 def check_integer(backend: Backend, cell: Cell, census: Mapping[str, Any]) -> None:
-    """Raise CellFailed where an integer precision holds no integer arithmetic at all."""
+    """Raise VerificationFailed where an integer precision holds no integer arithmetic at all."""
     if not backend.capabilities.precisions[cell.precision].integer:
         return
     nodes = census["float_nodes"]
     if census["quantize_nodes"] == 0 or (nodes and census["integer_macs"] == 0):
         shown = ", ".join(nodes[:5]) + (f" and {len(nodes) - 5} more" if len(nodes) > 5 else "")
-        raise CellFailed(
+        raise VerificationFailed(
             f"{cell} stayed in floating point: {shown or 'no operator was quantized'}",
             "No operator of this model can be quantized here; use fp32 or fp16",
         )
@@ -469,6 +480,7 @@ def _failed(cell: Cell, error: PortcallError, seconds: float) -> dict[str, Any]:
         "backend": cell.backend,
         "precision": cell.precision,
         "outcome": outcome_of(error).value,
+        "error_kind": error.kind,
         "reason": error.message,
         "fix": error.fix or None,
         "path": None,

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from portcall import artifact as artifacts
-from portcall.core import Artifact, BadInput, CellFailed, Outcome, PortcallError, outcome_of
+from portcall.core import Artifact, BadInput, Outcome, PortcallError, VerificationFailed, outcome_of
 from portcall.exporters import get_backend
 from portcall.targets.agent.jobs import deviation
 from portcall.workspace import DataArgument, Workspace, open_source, read_data, run_reference
@@ -31,6 +31,7 @@ def run_verify(work: Workspace, folder: Path, evaluation: DataArgument | None) -
         "backend": manifest["backend"],
         "precision": manifest["precision"],
         "outcome": Outcome.ARTIFACT.value,
+        "error_kind": None,
         "reason": None,
         "fix": None,
         "path": str(folder),
@@ -59,13 +60,18 @@ def run_verify(work: Workspace, folder: Path, evaluation: DataArgument | None) -
         result["parity"], result["eval"] = found["parity"], found["eval"]
         problem = deviation(expected, found["head_sqnr_db"])
         if problem is not None:
-            raise CellFailed(
+            raise VerificationFailed(
                 problem, "Compare this runtime's version with the manifest's: it computes something else"
             )
     except BadInput:
         raise
     except PortcallError as error:
-        result.update(outcome=outcome_of(error).value, reason=error.message, fix=error.fix or None)
+        result.update(
+            outcome=outcome_of(error).value,
+            error_kind=error.kind,
+            reason=error.message,
+            fix=error.fix or None,
+        )
     result["seconds"] = round(time.perf_counter() - start, 3)
     return result
 

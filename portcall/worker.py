@@ -7,7 +7,6 @@ holds the other end). The parent sleeps on the process and its progress pipe; it
 from __future__ import annotations
 
 import contextlib
-import contextlib
 import json
 import os
 import selectors
@@ -120,7 +119,9 @@ class WorkerPool:
                 return answer["value"]
             except CellFailed:
                 if log is not None and output.exists():
-                    with contextlib.suppress(OSError):  # the disk may be why it failed: that reason must get through
+                    with contextlib.suppress(
+                        OSError
+                    ):  # the disk may be why it failed: that reason must get through
                         log.parent.mkdir(parents=True, exist_ok=True)
                         log.write_bytes(_tail(output, 1 << 20))
                 raise
@@ -190,7 +191,9 @@ class WorkerPool:
                 ready = {key.fd for key, _ in selector.select(max(0.0, deadline - time.monotonic()))}
                 if self._stop.read_fd in ready:
                     raise Interrupted
-                if exited.fileno() not in ready and time.monotonic() >= deadline:  # however much progress it reports
+                if (
+                    exited.fileno() not in ready and time.monotonic() >= deadline
+                ):  # however much progress it reports
                     raise CellFailed(
                         f"no answer within {timeout_s:g} s: the worker was killed{_last_line(output)}",
                         "Allow more time with --timeout",

@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 import venv
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ PERCENTILES = {"p50_ns": 0.5, "p90_ns": 0.9, "p95_ns": 0.95, "p99_ns": 0.99}
 
 Run = Any  # the fixture of conftest.py
 Keys = Mapping[str, Any]
+Arguments = list[str | Path]
 
 
 def one_object(text: str) -> dict[str, Any]:
@@ -161,7 +162,15 @@ def test_an_export_from_a_table_equals_one_from_its_data(
         np.savez(part, x=whole["x"][:22])
         np.savez(tmp_path / "last2.npz", x=whole["x"][22:])
     run("calibrate", tiny_onnx, "--data", part, "-o", tmp_path / "t")
-    options = ["--table", tmp_path / "t", "--eval", tmp_path / "last2.npz", "-o", tmp_path / "out", "--json"]
+    options: Arguments = [
+        "--table",
+        tmp_path / "t",
+        "--eval",
+        tmp_path / "last2.npz",
+        "-o",
+        tmp_path / "out",
+        "--json",
+    ]
     [result] = one_object(run("export", tiny_onnx, "--to", "onnxruntime:int8", *options).stdout)["results"]
     assert result["parity"]["sqnr_db"] == exported["results"][1]["parity"]["sqnr_db"]
     assert result["parity"]["samples"] == "eval"
@@ -229,7 +238,15 @@ def test_export(exported: dict[str, Any], folder: Path) -> None:
 def test_export_with_labels_measures_accuracy(tiny_onnx: Path, data: Path, tmp_path: Path) -> None:
     with np.load(data) as whole:
         np.savez(tmp_path / "eval.npz", x=whole["x"], labels=np.arange(24) % 10)
-    options = ["--to", "onnxruntime:fp32", "--eval", tmp_path / "eval.npz", "-o", tmp_path / "o", "--json"]
+    options: Arguments = [
+        "--to",
+        "onnxruntime:fp32",
+        "--eval",
+        tmp_path / "eval.npz",
+        "-o",
+        tmp_path / "o",
+        "--json",
+    ]
     [result] = one_object(run("export", tiny_onnx, *options).stdout)["results"]
     check_keys(result["eval"], {"metric": str, "n": int, "reference": NUMBER, "value": NUMBER}, "eval")
     assert result["eval"]["n"] == 24 == result["parity"]["n"]
@@ -343,7 +360,7 @@ def test_bench_can_be_recomputed_from_its_raw_samples(measured: dict[str, Any], 
 def test_a_percentile_that_n_cannot_support_is_null(exported: dict[str, Any], tmp_path: Path) -> None:
     """With next to no time a process gives 5 samples at least, 10 in all: P50, and nothing above it."""
     path = exported["results"][0]["path"]
-    options = ["--processes", "2", "--min-time", "0.000001", "-o", tmp_path / "b", "--json"]
+    options: Arguments = ["--processes", "2", "--min-time", "0.000001", "-o", tmp_path / "b", "--json"]
     [result] = one_object(run("bench", path, *options).stdout)["results"]
     latency = result["latency"]
     n = latency["n"]
@@ -415,7 +432,7 @@ def test_verify_table_aligns_and_shows_n(exported: dict[str, Any]) -> None:
 def test_a_cell_that_cannot_be_exported_is_in_the_table(
     tiny_onnx: Path, data: Path, tmp_path: Path, bare_python: str
 ) -> None:
-    arguments: Sequence[str | Path] = [
+    arguments: Arguments = [
         "export", tiny_onnx, "--to", "openvino:int8,onnxruntime:int8", "--data", data, "-o", tmp_path / "o",
     ]  # fmt: skip
     done = run(*arguments, check=4, PORTCALL_PYTHON_OPENVINO=bare_python)
@@ -473,6 +490,6 @@ def test_unavailable_is_not_a_failed_verification(exported: dict[str, Any], bare
 
 
 def test_allow_unavailable_forgives_nothing_else(tiny_onnx: Path, tmp_path: Path) -> None:
-    arguments = ["export", tiny_onnx, "--to", "null:fp32", "-o", tmp_path / "o", "--json"]
+    arguments: Arguments = ["export", tiny_onnx, "--to", "null:fp32", "-o", tmp_path / "o", "--json"]
     [result] = one_object(run(*arguments, "--allow-unavailable", check=4).stdout)["results"]
     assert result["outcome"] == "unsupported" and "computes" in result["reason"] and result["fix"]

@@ -56,7 +56,6 @@ class Range:
     maximum: float
     symmetric: bool = False
 
-
     def is_beyond_int8(self) -> bool:
         """Tell whether the tensor mixes ordinary values with magnitudes of 10,000 or more.
 

@@ -41,7 +41,16 @@ class CellFailed(PortcallError):
     kind = "failed"
 
 
-_KINDS = {cls.kind: cls for cls in (PortcallError, BadInput, UnsupportedError, UnavailableError, CellFailed)}
+class VerificationFailed(CellFailed):
+    """An artifact does not compute what its source computes, or not in the arithmetic asked for (exit code 1)."""
+
+    kind = "verification"
+
+
+_KINDS = {
+    cls.kind: cls
+    for cls in (PortcallError, BadInput, UnsupportedError, UnavailableError, CellFailed, VerificationFailed)
+}
 
 
 def error_from_kind(kind: str, message: str, fix: str) -> PortcallError:

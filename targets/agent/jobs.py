@@ -16,7 +16,13 @@ import numpy as np
 
 from portcall.targets.agent import fingerprint, memory
 from portcall.targets.agent.contract import Artifact, Available, Backend, Session, Workload
-from portcall.targets.agent.errors import BadInput, CellFailed, UnavailableError
+from portcall.targets.agent.errors import (
+    BadInput,
+    CellFailed,
+    UnavailableError,
+    UnsupportedError,
+    VerificationFailed,
+)
 from portcall.targets.agent.measure import run_loop
 from portcall.targets.agent.parity import ParityAccumulator
 
@@ -167,7 +173,7 @@ def deviation(expected_db: Sequence[float], found_db: Sequence[float]) -> Option
 
 
 def _check(names: _Names, session: Session, arguments: Mapping[str, Any], limit: Optional[int]) -> None:
-    """Compare outputs with the source's on the artifact's samples. Raises CellFailed where this target is off."""
+    """Compare outputs with the source's on the artifact's samples. Raises VerificationFailed where this target is off."""
     inputs, reference = _inputs(arguments["inputs"])
     expected = arguments["expected_sqnr_db"][:limit]
     if not reference:
@@ -179,9 +185,23 @@ def _check(names: _Names, session: Session, arguments: Mapping[str, Any], limit:
         found.append(_sqnr_db({k: v[number] for k, v in reference.items()}, names.results(session)))
     problem = deviation(expected, found)
     if problem is not None:
-        raise CellFailed(
+        raise VerificationFailed(
             problem, "Compare this target's runtime version with the manifest's: it computes something else"
         )
+
+
+def _batch(
+    session: Session, names: _Names, inputs: Mapping[str, np.ndarray], size: int
+) -> Dict[str, np.ndarray]:
+    """Return the first sample, or *size* samples joined along the first axis (repeated where there are fewer)."""
+    if size == 1:
+        return {k: v[0] for k, v in inputs.items()}
+    fixed = [t for t in session.inputs if t.name in names.inputs.values() and not isinstance(t.shape[0], str)]
+    if fixed:
+        raise UnsupportedError(
+            "batch %d: input %s has a fixed first dimension" % (size, fixed[0]), "Use --batch 1"
+        )
+    return {k: np.concatenate([v[i % len(v)] for i in range(size)]) for k, v in inputs.items()}
 
 
 def measure(arguments: Mapping[str, Any], progress: Progress) -> Dict[str, Any]:
@@ -196,12 +216,13 @@ def measure(arguments: Mapping[str, Any], progress: Progress) -> Dict[str, Any]:
     with _session(artifact, workload) as (session, costs):
         names = _Names(artifact, session)
         inputs, _ = _inputs(arguments["inputs"])
-        names.bind(session, {k: v[0] for k, v in inputs.items()})
+        batch = _batch(session, names, inputs, workload.batch)
+        names.bind(session, batch)
         start = time.perf_counter_ns()
         session.infer()
         first_ns = time.perf_counter_ns() - start
         _check(names, session, arguments, limit=1)
-        names.bind(session, {k: v[0] for k, v in inputs.items()})
+        names.bind(session, batch)
         deadline_s = arguments.get("deadline_s")
         samples = run_loop(
             session.infer,
@@ -233,7 +254,7 @@ def measure_memory(arguments: Mapping[str, Any], progress: Progress) -> Dict[str
         loaded = memory.current_rss_bytes()
         names = _Names(artifact, session)
         inputs, _ = _inputs(arguments["inputs"])
-        names.bind(session, {k: v[0] for k, v in inputs.items()})
+        names.bind(session, _batch(session, names, inputs, arguments["workload"]["batch"]))
         for _ in range(3):
             session.infer()
         peak = memory.peak_rss_bytes()

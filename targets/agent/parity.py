@@ -19,7 +19,7 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 
-from portcall.targets.agent.errors import BadInput, CellFailed
+from portcall.targets.agent.errors import BadInput, VerificationFailed
 
 _LIMIT_DB = 300.0
 
@@ -36,7 +36,7 @@ class ParityAccumulator:
     def add(self, reference: Mapping[str, np.ndarray], output: Mapping[str, np.ndarray]) -> None:
         """Add one sample; a batch counts as one, its rows singly for the agreement.
 
-        Raises CellFailed, and adds nothing, for an output that is missing, not numeric, of another shape than
+        Raises VerificationFailed, and adds nothing, for an output that is missing, not numeric, of another shape than
         the reference or not finite.
         """
         checked = [(o, _checked(o.name, self._n, reference, output)) for o in self._outputs]
@@ -48,10 +48,10 @@ class ParityAccumulator:
         """Return the parity object: the worst output's figures (lowest SQNR), and in "outputs" each one's.
 
         samples: what they were ("eval", "held-out", "example" or "synthetic").
-        Raises CellFailed without samples, or if an output's reference is all zero or too large to square.
+        Raises VerificationFailed without samples, or if an output's reference is all zero or too large to square.
         """
         if self._n == 0:
-            raise CellFailed("parity: no samples were compared", "Give at least one with --eval")
+            raise VerificationFailed("parity: no samples were compared", "Give at least one with --eval")
         outputs = [o.figures() for o in self._outputs]
         worst = dict(min(outputs, key=lambda o: (o["sqnr_db"], o["identical"])))
         del worst["name"]
@@ -127,9 +127,11 @@ class _Output:
 
     def figures(self) -> Dict[str, Any]:
         if not all(math.isfinite(v) for v in (self._signal, self._noise, self._output, self._product)):
-            raise CellFailed(f"parity: the values of output {self.name!r} are too large to square in float64")
+            raise VerificationFailed(
+                f"parity: the values of output {self.name!r} are too large to square in float64"
+            )
         if self._signal == 0 or self._worst is None:
-            raise CellFailed(
+            raise VerificationFailed(
                 f"parity: the source model's output {self.name!r} is zero on all samples: nothing is proved",
                 "Give real samples with --eval or --data",
             )
@@ -166,7 +168,7 @@ def _checked(
     ref = _numbers(f"the source model's output {name!r}", name, reference)
     out = _numbers(f"output {name!r}", name, output)
     if ref.shape != out.shape:
-        raise CellFailed(
+        raise VerificationFailed(
             f"output {name!r} has shape {list(out.shape)}, "
             f"the source model's {list(ref.shape)} (sample {sample})"
         )
@@ -176,7 +178,7 @@ def _checked(
         values = array.astype(np.float64)
         bad = values.size - int(np.isfinite(values).sum())
         if bad:
-            raise CellFailed(
+            raise VerificationFailed(
                 f"{what} has {bad} of {values.size} values that are not finite (sample {sample})"
             )
         pair.append(values)
@@ -185,9 +187,9 @@ def _checked(
 
 def _numbers(what: str, name: str, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
     if name not in arrays:
-        raise CellFailed(f"{what} is missing; there are: {', '.join(sorted(arrays)) or 'none'}")
+        raise VerificationFailed(f"{what} is missing; there are: {', '.join(sorted(arrays)) or 'none'}")
     array = np.asarray(arrays[name])
     # "V": NumPy's kind for bfloat16 and other types of ml_dtypes, which convert to float64.
     if array.dtype.kind not in "biufV" or array.dtype.names is not None:
-        raise CellFailed(f"{what} has dtype {array.dtype}: parity compares real numbers only")
+        raise VerificationFailed(f"{what} has dtype {array.dtype}: parity compares real numbers only")
     return array

@@ -138,7 +138,8 @@ def test_other_files_are_no_tables(tmp_path: Path, content: bytes) -> None:
 
 def test_other_zips_are_no_tables(tmp_path: Path) -> None:
     path = tmp_path / "t.pctable"
-    np.savez(path.open("wb"), x=np.zeros(3))
+    with path.open("wb") as stream:
+        np.savez(stream, x=np.zeros(3))
     refused(path, "is not a calibration table")
 
 
