@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -70,6 +69,8 @@ def run_bench(
     driver = get_target(target).driver(work)
     if output is not None:
         artifacts.check_output_folder(output)
+        if (output / "raw").exists() and not (output / "bench.json").exists():  # it would be replaced
+            raise BadInput(f"-o {output} has other content: raw", "Name a folder that is new or empty")
     subjects = [_open(path) for spec in specs for path in _artifacts_in(Path(spec))]
     for number, subject in enumerate(subjects):
         _attempt(subject, partial(_find_inputs, work, driver, subject, data, workload, number))
@@ -280,9 +281,10 @@ def _result(subject: _Subject, target: str, workload: Workload) -> dict[str, Any
 def _save(output: Path, subjects: Sequence[_Subject], results: Sequence[Mapping[str, Any]]) -> None:
     """Write ``bench.json`` and, per subject, the raw samples of every process in order."""
     raw = output / "raw"
-    shutil.rmtree(raw, ignore_errors=True)
     try:
-        raw.mkdir(parents=True)
+        raw.mkdir(parents=True, exist_ok=True)
+        for old in raw.glob("[0-9][0-9][0-9]-*.npz"):  # of an earlier bench; anything else is the user's
+            old.unlink()
         for number, subject in enumerate(subjects):
             arrays: dict[str, Any] = {f"wall_ns_{i}": a for i, a in enumerate(subject.wall)}
             arrays |= {f"cpu_ns_{i}": a for i, a in enumerate(subject.cpu)}

@@ -82,7 +82,8 @@ def _onnx_tap(plan: Mapping[str, Any]) -> Tap:
 
     def run(sample: dict[str, np.ndarray[Any, Any]]) -> Observed:
         yield from ((name, array) for name, array in sample.items() if name in wanted & inputs)
-        yield from zip(outputs, session.run(outputs, sample), strict=True)
+        if outputs:  # an empty list would mean all outputs
+            yield from zip(outputs, session.run(outputs, sample), strict=True)
 
     return run
 

@@ -138,7 +138,7 @@ def _check_output(output: Path, source: Source) -> None:
     """Refuse an output folder with other content than artifacts of this very model, or that cannot be made."""
     artifacts.check_output_folder(output)
     for entry in output.iterdir() if output.exists() else ():
-        if entry.name in ("logs", "export.json", "bench.json") or entry.name.startswith(".portcall-"):
+        if entry.name in ("logs", "export.json", "bench.json", "raw") or entry.name.startswith(".portcall-"):
             continue
         if not (entry / artifacts.MANIFEST).is_file():
             raise BadInput(

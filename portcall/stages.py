@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
+import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +16,7 @@ import numpy as np
 from portcall.calibration.data import data_sha256, open_data
 from portcall.source import flat_examples, open_reference
 from portcall.targets.agent.contract import Artifact, Graph, Range, Recipe, Source, TensorSpec
-from portcall.targets.agent.errors import BadInput, CellFailed
+from portcall.targets.agent.errors import BadInput, CellFailed, PortcallError
 
 Progress = Callable[[int, int | None], None]
 Arrays = dict[str, "np.ndarray[Any, Any]"]
@@ -40,9 +44,25 @@ def lower(arguments: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
     from portcall.exporters import get_backend
 
     directory = Path(arguments["directory"])
-    graph = get_backend(arguments["backend"]).lower(Source.from_json(arguments["source"]), directory)
-    (directory / "graph.json").write_text(json.dumps(graph.to_json()))
+    with _writing(directory, "Free space there, or set PORTCALL_CACHE to another folder"):
+        graph = get_backend(arguments["backend"]).lower(Source.from_json(arguments["source"]), directory)
+        (directory / "graph.json").write_text(json.dumps(graph.to_json()))
     return graph.to_json()
+
+
+@contextlib.contextmanager
+def _writing(directory: Path, fix: str) -> Iterator[None]:
+    """Raise CellFailed for a disk that is full; runtimes say so in words of their own, or not at all."""
+    try:
+        yield
+    except PortcallError:
+        raise
+    except Exception as error:
+        full = shutil.disk_usage(directory).free < 1 << 16
+        if not full and not isinstance(error, OSError):
+            raise
+        reason = os.strerror(errno.ENOSPC) if full else getattr(error, "strerror", None) or str(error)
+        raise CellFailed(f"cannot write {directory.parent}: {reason}", fix) from error
 
 
 def reference(arguments: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
@@ -133,12 +153,8 @@ def export(arguments: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
     if ranges is not None:
         ranges = {name: Range(low, high) for name, (low, high) in ranges.items()}
     directory = Path(arguments["directory"])
-    try:
+    with _writing(directory, "Free space there or choose another -o"):
         exported = backend.export(graph, recipe, ranges, directory)
-    except OSError as error:
-        raise CellFailed(
-            f"cannot write {directory}: {error.strerror}", "Free space there or choose another -o"
-        ) from error
     missing = [name for name in exported.files if not (directory / name).is_file()]
     if missing:
         raise CellFailed(f"the exporter left no {missing[0]}", "See the log; is the disk full?")

@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import selectors
+import shutil
 import signal
 import subprocess
 import sys
@@ -112,7 +113,9 @@ class WorkerPool:
                 status = self._run(python, job, folder, output, timeout_s or self.timeout_s, on_progress)
                 answer = _read_answer(folder / "answer.json")
                 if answer is None:
-                    raise CellFailed(f"{_death(status)}{_last_line(output)}")
+                    full = shutil.disk_usage(folder).free < 1 << 16
+                    fix = f"{folder.parent} is full: free space there, or set TMPDIR" if full else ""
+                    raise CellFailed(f"{_death(status)}{_last_line(output)}", fix)
                 if "error" in answer:
                     error = answer["error"]
                     raise error_from_kind(error["kind"], error["message"], error["fix"])

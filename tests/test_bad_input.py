@@ -118,6 +118,8 @@ def _folders(lab: Path) -> None:
     (lab / "full").mkdir()
     (lab / "full" / "notes.txt").write_text("mine")
     (lab / "file").write_text("mine")
+    (lab / "photos" / "raw").mkdir(parents=True)
+    (lab / "photos" / "raw" / "000-me.npz").write_text("mine")
 
 
 def _table_of_another_model(lab: Path) -> None:
@@ -426,6 +428,9 @@ bench integers, no data | bench {lab}/integers.onnx --shape ids=1x7
 bench output is a file | bench {lab}/art -o {lab}/file
     2 | file is a file
     fix |
+bench output has other content | bench {lab}/art -o {lab}/photos
+    2 | photos has other content: raw
+    fix | new or empty
 verify nothing | verify {lab}/nothing
     2 | is not an artifact: it has no manifest.json
     fix | portcall export

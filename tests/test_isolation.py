@@ -108,7 +108,9 @@ def test_export(dropins: Path, identity_onnx: Path, tmp_path: Path) -> None:
     names = ["crashes_at_export", "hangs_at_export", "exits_at_export", "exports_nothing"]
     names += ["crashes_at_load", "computes_something_else", "null"]
     cells = ",".join(f"{name}:fp32" for name in names)
-    code, results = run(dropins, "export", identity_onnx, "--to", cells, "--timeout", "10", "-o", tmp_path / "out")
+    code, results = run(
+        dropins, "export", identity_onnx, "--to", cells, "--timeout", "10", "-o", tmp_path / "out"
+    )
     assert code == 4
     assert list(results) == names
     assert {n: r["outcome"] for n, r in results.items()} == {
@@ -118,11 +120,16 @@ def test_export(dropins: Path, identity_onnx: Path, tmp_path: Path) -> None:
         "null": "artifact",
     }
     reasons = {n: r["reason"] for n, r in results.items()}
-    assert reasons["crashes_at_export"] == "the worker was killed by SIGSEGV; its last output: converting layer 7"
+    assert (
+        reasons["crashes_at_export"]
+        == "the worker was killed by SIGSEGV; its last output: converting layer 7"
+    )
     assert reasons["hangs_at_export"].startswith("no answer within 10 s")
     assert reasons["exits_at_export"] == "the worker exited with status 0 and left no answer"
     assert reasons["exports_nothing"] == "the exporter left no model.null"
-    assert reasons["crashes_at_load"] == "the worker was killed by SIGABRT; its last output: loading the plugin"
+    assert (
+        reasons["crashes_at_load"] == "the worker was killed by SIGABRT; its last output: loading the plugin"
+    )
     assert results["computes_something_else"]["parity"]["sqnr_db"] < 10
     out = tmp_path / "out"
     kept = {"null-fp32", "computes_something_else-fp32", "logs", "export.json"}
@@ -138,16 +145,23 @@ def test_bench(dropins: Path, identity_onnx: Path, tmp_path: Path) -> None:
     assert code == 0
     names = ["crashes_at_load", "hangs_at_inference", "computes_something_else", "null"]
     artifacts = [tmp_path / name for name in names]
-    for name, artifact in zip(names, artifacts, strict=True):  # as if another device ran it: only the runtime differs
+    for name, artifact in zip(
+        names, artifacts, strict=True
+    ):  # as if another device ran it: only the runtime differs
         shutil.copytree(good / "null-fp32", artifact)
         manifest = json.loads((artifact / "manifest.json").read_text())
         (artifact / "manifest.json").write_text(json.dumps({**manifest, "backend": name}))
     options = ("--processes", "2", "--min-time", "0.05", "--timeout", "10")
     code, results = run(dropins, "bench", *artifacts, *options)
     assert code == 4
-    assert {n: r["outcome"] for n, r in results.items()} == {**dict.fromkeys(names[:3], "failed"), "null": "measurement"}
+    assert {n: r["outcome"] for n, r in results.items()} == {
+        **dict.fromkeys(names[:3], "failed"),
+        "null": "measurement",
+    }
     reasons = {n: r["reason"] for n, r in results.items()}
-    assert reasons["crashes_at_load"] == "the worker was killed by SIGABRT; its last output: loading the plugin"
+    assert (
+        reasons["crashes_at_load"] == "the worker was killed by SIGABRT; its last output: loading the plugin"
+    )
     assert reasons["hangs_at_inference"].startswith("no answer within 10 s")
     assert reasons["computes_something_else"].startswith("outputs differ from the source's on sample 0: ")
     assert results["null"]["latency"]["processes"] == 2

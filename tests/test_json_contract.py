@@ -357,6 +357,20 @@ def test_bench_can_be_recomputed_from_its_raw_samples(measured: dict[str, Any], 
         assert result["cpu"]["p50_ns"] == pytest.approx(np.median(np.concatenate(cpu)))
 
 
+def test_bench_again_into_the_same_folder_replaces_its_own_files_alone(
+    tiny_onnx: Path, data: Path, tmp_path: Path
+) -> None:
+    export: Arguments = ["export", tiny_onnx, "--to", "onnxruntime:fp32,int8", "--data", data, "-o", tmp_path]
+    bench: Arguments = ["bench", tmp_path, "--processes", "1", "--min-time", "0.01", "-o", tmp_path]
+    run(*export)
+    run(*bench)
+    (tmp_path / "raw" / "notes.txt").write_text("mine")
+    run(*export[:3], "onnxruntime:fp32", *export[4:])
+    run("bench", tmp_path / "onnxruntime-fp32", *bench[2:])
+    assert sorted(p.name for p in (tmp_path / "raw").iterdir()) == ["000-onnxruntime-fp32.npz", "notes.txt"]
+    assert len(json.loads((tmp_path / "bench.json").read_text())["results"]) == 1
+
+
 def test_a_percentile_that_n_cannot_support_is_null(exported: dict[str, Any], tmp_path: Path) -> None:
     """With next to no time a process gives 5 samples at least, 10 in all: P50, and nothing above it."""
     path = exported["results"][0]["path"]

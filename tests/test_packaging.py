@@ -130,10 +130,24 @@ def test_the_installed_commands_work(installed: Path, tmp_path: Path) -> None:
 def test_the_installed_wheel_exports_and_measures(
     installed: Path, identity_onnx: Path, tmp_path: Path
 ) -> None:
-    export = [installed / "portcall", "export", identity_onnx, "--to", "null:fp32,onnxruntime:fp32"]
+    export: list[str | Path] = [
+        installed / "portcall",
+        "export",
+        identity_onnx,
+        "--to",
+        "null:fp32,onnxruntime:fp32",
+    ]
     done = _run(*export, "-o", tmp_path / "out", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    bench = [installed / "portcall", "bench", tmp_path / "out", "--processes", "1", "--min-time", "0.01"]
+    bench: list[str | Path] = [
+        installed / "portcall",
+        "bench",
+        tmp_path / "out",
+        "--processes",
+        "1",
+        "--min-time",
+        "0.01",
+    ]
     done = _run(*bench, "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads(done.stdout)["results"]

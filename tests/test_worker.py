@@ -54,7 +54,10 @@ def pool(faults: Path, mark: str) -> Iterator[WorkerPool]:
     """A pool that must still work after the test's fault, with no process or file left of it."""
     with WorkerPool(timeout_s=60) as pool:
         yield pool
-        assert pool.call("portcall.exporters.faults:answer", {"value": [1, "still works"]}) == [1, "still works"]
+        assert pool.call("portcall.exporters.faults:answer", {"value": [1, "still works"]}) == [
+            1,
+            "still works",
+        ]
     assert left_running(mark) == {}
     assert list(Path(mark).iterdir()) == []
 
@@ -67,7 +70,10 @@ def call(pool: WorkerPool, fault: str, timeout_s: float | None = None, **argumen
     ("fault", "reason"),
     [
         ("segfault", "the worker was killed by SIGSEGV; its last output: about to read address 0"),
-        ("abort", "the worker was killed by SIGABRT; its last output: runtime.cc:12: check failed: axis < rank"),
+        (
+            "abort",
+            "the worker was killed by SIGABRT; its last output: runtime.cc:12: check failed: axis < rank",
+        ),
         ("kill_self", "the worker was killed by SIGKILL (out of memory, or killed by hand)"),
         ("exit_silently", "the worker exited with status 0 and left no answer"),
         ("exit_3", "the worker exited with status 3 and left no answer; its last output: licence expired"),
@@ -77,7 +83,10 @@ def call(pool: WorkerPool, fault: str, timeout_s: float | None = None, **argumen
         ("raise_odd", "OddError: odd one"),
         ("answer_an_object", "TypeError: Object of type object is not JSON serializable"),
         ("answer_a_cycle", "ValueError: Circular reference detected"),
-        ("no_such_function", "AttributeError: module 'portcall.exporters.faults' has no attribute 'no_such_function'"),
+        (
+            "no_such_function",
+            "AttributeError: module 'portcall.exporters.faults' has no attribute 'no_such_function'",
+        ),
     ],
 )
 def test_reason(pool: WorkerPool, fault: str, reason: str) -> None:
@@ -86,7 +95,9 @@ def test_reason(pool: WorkerPool, fault: str, reason: str) -> None:
     assert caught.value.message == reason
 
 
-@pytest.mark.parametrize("fault", ["hang", "hang_deaf", "hang_with_gil", "hang_with_progress", "hang_silently_closing"])
+@pytest.mark.parametrize(
+    "fault", ["hang", "hang_deaf", "hang_with_gil", "hang_with_progress", "hang_silently_closing"]
+)
 def test_timeout(pool: WorkerPool, fault: str) -> None:
     start = time.monotonic()
     with pytest.raises(CellFailed, match=r"^no answer within 1\.5 s: the worker was killed") as caught:
@@ -110,7 +121,9 @@ def test_killed_from_outside(pool: WorkerPool) -> None:
 
 
 @pytest.mark.parametrize(
-    "error", [PortcallError, BadInput, UnsupportedError, UnavailableError, CellFailed], ids=lambda e: str(e.kind)
+    "error",
+    [PortcallError, BadInput, UnsupportedError, UnavailableError, CellFailed],
+    ids=lambda e: str(e.kind),
 )
 def test_our_own_errors_come_back_as_they_are(pool: WorkerPool, error: type[PortcallError]) -> None:
     with pytest.raises(PortcallError) as caught:
@@ -154,7 +167,9 @@ def test_a_log_that_cannot_be_written_does_not_hide_the_reason(pool: WorkerPool,
 
 def test_an_interpreter_that_is_not_there(faults: Path, mark: str) -> None:
     with WorkerPool({"onnxruntime": "/no/such/python"}) as pool:
-        with pytest.raises(UnavailableError, match=r"cannot start the interpreter /no/such/python: No such file") as caught:
+        with pytest.raises(
+            UnavailableError, match=r"cannot start the interpreter /no/such/python: No such file"
+        ) as caught:
             pool.call("portcall.exporters.faults:answer", {"value": 1}, backend="onnxruntime")
         assert "portcall.toml" in caught.value.fix
         assert pool.call("portcall.exporters.faults:answer", {"value": 1}) == 1
@@ -173,7 +188,9 @@ def test_interrupt_ends_running_and_later_workers(faults: Path, mark: str) -> No
         def work() -> None:
             try:
                 pool.call(
-                    "portcall.exporters.faults:tell_pid_and_hang", {}, on_progress=lambda pid, total: started.set()
+                    "portcall.exporters.faults:tell_pid_and_hang",
+                    {},
+                    on_progress=lambda pid, total: started.set(),
                 )
             except BaseException as error:
                 reached.append(type(error))
@@ -207,15 +224,20 @@ with WorkerPool() as pool:
 
 @pytest.mark.parametrize("guarded", [True, False], ids=["guarded", "guardian-killed"])
 def test_worker_and_its_children_die_with_the_parent(faults: Path, mark: str, guarded: bool) -> None:
-    with subprocess.Popen(
-        [sys.executable, "-c", DRIVER, str(faults), mark], stdout=subprocess.PIPE, text=True
-    ) as parent, contextlib.ExitStack() as stack:
+    with (
+        subprocess.Popen(
+            [sys.executable, "-c", DRIVER, str(faults), mark], stdout=subprocess.PIPE, text=True
+        ) as parent,
+        contextlib.ExitStack() as stack,
+    ):
         stack.callback(parent.kill)
         assert parent.stdout is not None
         assert parent.stdout.readline() == "running\n"
         others = _others(mark, parent.pid)
         deadline = time.monotonic() + 30
-        while len(others) < 3 and time.monotonic() < deadline:  # a new process has no command line for a moment
+        while (
+            len(others) < 3 and time.monotonic() < deadline
+        ):  # a new process has no command line for a moment
             others = _others(mark, parent.pid)
         assert len(others) == 3, "the worker, its guardian, its child"
         if not guarded:  # the guardian is the worker's child with the worker's own command line

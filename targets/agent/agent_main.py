@@ -9,6 +9,7 @@ runtimes. The worker dies with its parent: see ``_follow_parent``.
 from __future__ import annotations
 
 import ctypes
+import errno
 import importlib
 import importlib.util
 import json
@@ -76,6 +77,8 @@ def _describe(error: BaseException) -> Dict[str, str]:
         or f"{type(error).__name__}: {text[0] if text else 'no message'}",
         "fix": getattr(error, "fix", ""),
     }
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        known["fix"] = "Free space there, or choose another place (-o, TMPDIR, PORTCALL_CACHE)"
     # Where another interpreter than portcall's own is set for a backend.
     if isinstance(error, ModuleNotFoundError) and error.name == "numpy":
         known["kind"], known["message"] = "unavailable", "the interpreter %s has no numpy" % sys.executable

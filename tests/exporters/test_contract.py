@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -18,7 +19,7 @@ class TestNull(BackendContract):
     export_needs = ("onnx",)
     models = ("copy",)
     refused_models = ("image", "two_inputs", "onnx")
-    floors_db = {"fp32": 300.0}
+    floors_db: ClassVar = {"fp32": 300.0}
     census_method = "nothing is computed"
     computes = False
 
@@ -27,7 +28,7 @@ class TestOnnxRuntime(BackendContract):
     name = "onnxruntime"
     runtime = ("onnxruntime",)
     export_needs = ("onnx",)
-    floors_db = {"fp32": 120.0, "fp16": 55.0, "int8-dynamic": 30.0, "int8": 18.0}
+    floors_db: ClassVar = {"fp32": 120.0, "fp16": 55.0, "int8-dynamic": 30.0, "int8": 18.0}
     census_method = "Q/DQ and integer operators of the ONNX graph"
 
 
@@ -35,7 +36,7 @@ class TestOpenVino(BackendContract):
     name = "openvino"
     runtime = ("openvino",)
     export_needs = ("onnx", "onnxruntime")
-    floors_db = {"fp32": 120.0, "fp16": 55.0, "int8": 18.0}
+    floors_db: ClassVar = {"fp32": 120.0, "fp16": 55.0, "int8": 18.0}
     census_method = "runtime precision of the compiled model on this CPU"
 
 
@@ -46,7 +47,7 @@ class TestTfLite(BackendContract):
     export_finds = ("torch", "litert_torch")
     models = ("image", "two_inputs")
     refused_models = ("onnx",)
-    floors_db = {"fp32": 115.0, "fp16": 55.0, "int8-dynamic": 30.0, "int8": 18.0, "int16x8": 18.0}
+    floors_db: ClassVar = {"fp32": 115.0, "fp16": 55.0, "int8-dynamic": 30.0, "int8": 18.0, "int16x8": 18.0}
     census_method = "operator types of the flatbuffer"
     dynamic = False
 
