@@ -46,7 +46,7 @@ def lower(source: Source, directory: Path) -> Graph:
     import torch
 
     from portcall.exporters import _tflite
-    from portcall.source import flat_examples
+    from portcall.source_torch import flat_examples
 
     program = torch.export.load(source.path)
     leaves = []

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from portcall.calibration.data import data_sha256, open_data
-from portcall.source import flat_examples, open_reference
+from portcall.source import open_reference
+from portcall.source_torch import flat_examples
 from portcall.targets.agent.contract import Artifact, Graph, Range, Recipe, Source, TensorSpec
 from portcall.targets.agent.errors import BadInput, CellFailed, PortcallError
 

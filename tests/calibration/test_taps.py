@@ -27,7 +27,13 @@ Array = np.ndarray[Any, Any]
 
 def data(path: Path, **arrays: Array) -> dict[str, Any]:
     np.savez(path, **arrays)  # type: ignore[arg-type]  # numpy types the keywords as its own option
-    return {"spec": str(path), "preprocess": None, "start": 0, "stop": None, "n": len(next(iter(arrays.values())))}
+    return {
+        "spec": str(path),
+        "preprocess": None,
+        "start": 0,
+        "stop": None,
+        "n": len(next(iter(arrays.values()))),
+    }
 
 
 def observe(graph: Graph, record: dict[str, Any]) -> dict[str, tuple[float, float]]:
@@ -67,7 +73,9 @@ def test_onnx_taps_equal_a_direct_run(tmp_path: Path, samples: dict[str, Array])
         one = {k: v[number : number + 1] for k, v in samples.items()}
         for name, array in zip(direct, session.run(list(direct), one), strict=True):
             direct[name].append(array)
-    wanted = {k: extremes(np.stack(v)) for k, v in direct.items()} | {k: extremes(v) for k, v in samples.items()}
+    wanted = {k: extremes(np.stack(v)) for k, v in direct.items()} | {
+        k: extremes(v) for k, v in samples.items()
+    }
     assert found == wanted
     # and, from the convolution's output on, NumPy's float32 arithmetic gives the very same numbers
     r = np.maximum(np.concatenate(direct["c"]), np.float32(0))
@@ -100,7 +108,9 @@ def test_nan_inside_the_network_is_named_with_its_tensor_and_sample(tmp_path: Pa
     graph = graph_of(write_onnx(tmp_path / "m.onnx", nodes, {"x": [1, 4]}, {"y": [1, 4]}, {}))
     values = np.ones((6, 4), np.float32)
     values[4, 2] = -1.0
-    with pytest.raises(CellFailed, match="'logarithm' holds NaN or infinity for calibration sample 4") as caught:
+    with pytest.raises(
+        CellFailed, match="'logarithm' holds NaN or infinity for calibration sample 4"
+    ) as caught:
         observe(graph, data(tmp_path / "d.npz", x=values))
     assert "check that sample and the layer" in caught.value.fix
 
@@ -148,7 +158,9 @@ def tflite_graph(path: Path) -> Graph:
     model.buffers = [schema.BufferT()]
     path.write_bytes(_tflite._write(model))
     specs = (TensorSpec("x", (1, 4), "float32"),), (TensorSpec("y", (1, 4), "float32"),)
-    return Graph("tflite", path, "0", Source("m.pt2", "pt2", path, "0", *specs, {"x": (1, 4)}), {"x": "x", "y": "y"})
+    return Graph(
+        "tflite", path, "0", Source("m.pt2", "pt2", path, "0", *specs, {"x": (1, 4)}), {"x": "x", "y": "y"}
+    )
 
 
 def test_tflite_taps_equal_a_direct_run(tmp_path: Path) -> None:
@@ -245,7 +257,9 @@ def test_a_missing_section_is_tapped_on_the_recorded_data(tables: Tables, tmp_pa
     table = tables.onnx_only(tmp_path / "onnx.pctable")
     answer = portcall.api.export(MODEL, "tflite:int8", tmp_path / "a", table=table, evaluation=tables.data)
     assert [r["outcome"] for r in answer["results"]] == ["artifact"], answer["results"][0]["reason"]
-    whole = portcall.api.export(MODEL, "tflite:int8", tmp_path / "b", table=tables.whole, evaluation=tables.data)
+    whole = portcall.api.export(
+        MODEL, "tflite:int8", tmp_path / "b", table=tables.whole, evaluation=tables.data
+    )
     one, other = (model_files(Path(a["results"][0]["path"])) for a in (answer, whole))
     assert one == other
 

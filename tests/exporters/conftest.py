@@ -12,7 +12,9 @@ from tests.exporters.contract import BackendContract, Exports, Model  # noqa: E4
 
 
 @pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory, tiny_onnx: Path, identity_onnx: Path) -> dict[str, Model]:
+def models(
+    tmp_path_factory: pytest.TempPathFactory, tiny_onnx: Path, identity_onnx: Path
+) -> dict[str, Model]:
     """One model of each source format: "image" (factory), "two_inputs" (.pt2), "onnx", and "copy" for null."""
     import numpy as np
     import torch

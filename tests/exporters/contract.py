@@ -275,7 +275,10 @@ print(json.dumps(sorted(set(sys.modules) - before)))
 
     @pytest.mark.parametrize("fault", ["missing", "broken"])
     def test_probe_without_its_runtime_says_why_and_what_to_do(self, fault: str) -> None:
-        for role, needs in (("run", self.runtime), ("export", (*self.runtime, *self.export_needs, *self.export_finds))):
+        for role, needs in (
+            ("run", self.runtime),
+            ("export", (*self.runtime, *self.export_needs, *self.export_finds)),
+        ):
             for need in needs:
                 if fault == "broken" and need in self.export_finds:
                     continue
@@ -343,7 +346,9 @@ print(json.dumps(sorted(set(sys.modules) - before)))
             if precision not in self.backend.capabilities.precisions:
                 continue
             manifest = artifacts.read_manifest(exports.artifact(model, self.name, precision))
-            for entries, wanted in zip((manifest["inputs"], manifest["outputs"]), INTERFACES[model], strict=True):
+            for entries, wanted in zip(
+                (manifest["inputs"], manifest["outputs"]), INTERFACES[model], strict=True
+            ):
                 assert {e["source"]: (e["dtype"], len(e["shape"])) for e in entries} == wanted
                 assert [e["source"] for e in entries] == list(wanted)
                 for entry in entries:
@@ -385,7 +390,9 @@ print(json.dumps(sorted(set(sys.modules) - before)))
         assert result["outcome"] == "failed" and "sha256 differs" in result["reason"] and result["fix"]
 
     @pytest.mark.parametrize("name", ["../x", "/etc/passwd", "sub/x", "..", "", "not-listed.bin"])
-    def test_a_manifest_that_names_other_files_is_refused(self, artifact: Path, tmp_path: Path, name: str) -> None:
+    def test_a_manifest_that_names_other_files_is_refused(
+        self, artifact: Path, tmp_path: Path, name: str
+    ) -> None:
         copy = shutil.copytree(artifact, tmp_path / "copy")
         manifest = json.loads((copy / "manifest.json").read_text())
         (tmp_path / "x").write_bytes((copy / manifest["entry"]).read_bytes())
@@ -437,11 +444,14 @@ print(json.dumps(sorted(set(sys.modules) - before)))
         with portcall.api.load(artifact) as opened:
             with pytest.raises(BadInput, match=r"no input 'x' given\. Give: x"):
                 opened.infer({"wrong": inputs["x"]})
-            with pytest.raises(BadInput, match=r"input 'x' is float64, not float32. Use .astype\('float32'\)"):
+            with pytest.raises(
+                BadInput, match=r"input 'x' is float64, not float32. Use .astype\('float32'\)"
+            ):
                 opened.infer({"x": inputs["x"].astype(np.float64)})
             transposed = np.asfortranarray(inputs["x"])
             np.testing.assert_array_equal(
-                next(iter(opened.infer({"x": transposed}).values())), next(iter(opened.infer(inputs).values()))
+                next(iter(opened.infer({"x": transposed}).values())),
+                next(iter(opened.infer(inputs).values())),
             )
 
     def test_dynamic_dimensions(self, exports: Exports, model: str) -> None:

@@ -6,11 +6,15 @@ import ast
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 import pytest
+from onnx import helper
 
+import portcall.api
 import portcall.exporters
 from portcall.exporters import backend_names
 from tests.exporters.contract import BackendContract, assert_light_imports
+from tests.exporters.graphs import write_onnx
 
 
 class TestNull(BackendContract):
@@ -56,6 +60,21 @@ def test_every_backend_has_a_contract_class() -> None:
     assert {c.name for c in BackendContract.__subclasses__()} == set(backend_names())
 
 
-@pytest.mark.parametrize("path", sorted(Path(portcall.exporters.__path__[0]).glob("_*.py")), ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "path", sorted(Path(portcall.exporters.__path__[0]).glob("_*.py")), ids=lambda p: p.name
+)
 def test_shared_parts_can_travel_too(path: Path) -> None:
     assert_light_imports(ast.parse(path.read_text(), feature_version=(3, 8)))
+
+
+def test_scalar_inputs_stay_scalars(tmp_path: Path) -> None:
+    node = helper.make_node("Mul", ["x", "factor"], ["y"], "mul")
+    model = write_onnx(tmp_path / "m.onnx", [node], {"x": [1, 4], "factor": []}, {"y": [1, 4]}, {})
+    x = np.arange(4, dtype=np.float32)[None]
+    answer = portcall.api.export(model, ["onnxruntime:fp32", "openvino:fp32"], tmp_path / "out")
+    for result in answer["results"]:
+        assert result["outcome"] == "artifact", result["reason"]
+        with portcall.api.load(result["path"]) as opened:
+            assert opened.inputs[1].shape == ()
+            found = opened.infer({"x": x, "factor": np.asarray(3, np.float32)})
+        np.testing.assert_array_equal(found["y"], 3 * x)

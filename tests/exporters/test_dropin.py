@@ -96,7 +96,10 @@ def test_export_verify_and_bench_take_it(command: Any, identity_onnx: Path, tmp_
         "export", identity_onnx, "--to", "echo:all,null:fp32", "--data", tmp_path / "d.npz", "-o", out
     )
     assert code == 0, answer
-    assert [(r["backend"], r["outcome"]) for r in answer["results"]] == [("echo", "artifact"), ("null", "artifact")]
+    assert [(r["backend"], r["outcome"]) for r in answer["results"]] == [
+        ("echo", "artifact"),
+        ("null", "artifact"),
+    ]
     assert answer["results"][0]["parity"]["identical"]
     artifact = out / "echo-fp32"
     manifest = json.loads((artifact / "manifest.json").read_text())
@@ -125,7 +128,16 @@ def test_its_artifact_is_refused_by_name_where_the_file_is_missing(
 def test_the_contract_covers_it_with_a_few_lines(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "test_echo.py").write_text(CONTRACT.format(folder=str(folder)))
     shared = ["-p", "tests.conftest", "-p", "tests.exporters.conftest"]
-    line = [sys.executable, "-m", "pytest", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), *shared]
+    line = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-c",
+        str(ROOT / "pyproject.toml"),
+        "--rootdir",
+        str(ROOT),
+        *shared,
+    ]
     done = subprocess.run(
         [*line, "-q", str(tmp_path / "test_echo.py"), "--basetemp", str(tmp_path / "base")],
         capture_output=True,

@@ -78,7 +78,8 @@ def test_census_sees_shapes_that_inference_loses(tmp_path: Path) -> None:
         helper.make_node("MatMul", ["w", "floats"], ["y"], "product"),
     ]
     path = write_onnx(tmp_path / "m.onnx", nodes, {"x": [3, 4]}, {"y": [5, "n"]}, {"w": ones(5, 2)})
-    assert _onnx.census(path, {"x": (3, 4)}).macs in (0, 5 * 2 * 12)  # as many columns as x has nonzero values
+    # As many columns as x has nonzero values; the counting run is on zeros.
+    assert _onnx.census(path, {"x": (3, 4)}).macs == 0
 
 
 @pytest.mark.parametrize(
@@ -172,7 +173,9 @@ def test_canonical_graph_drops_stale_value_info(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("opset", "ir_version"), [(13, 7), (15, 8), (18, 8), (19, 9), (21, 10)])
-def test_files_carry_the_lowest_ir_version_of_their_opset(tmp_path: Path, opset: int, ir_version: int) -> None:
+def test_files_carry_the_lowest_ir_version_of_their_opset(
+    tmp_path: Path, opset: int, ir_version: int
+) -> None:
     model, _ = lowered(conv_bn(tmp_path / "m.onnx", opset, ir_version=10), tmp_path / "out")
     assert model.ir_version == ir_version
     assert [o.version for o in model.opset_import] == [opset]

@@ -165,7 +165,9 @@ def test_a_missing_range_is_named(image: Path) -> None:
 def test_operators_with_sentinel_values_stay_in_float_and_are_named(image: Path) -> None:
     ranges = ranges_of(image)
     output = list(ranges)[-1]
-    flatbuffer, notes = _tflite.quantize(image, "int8", {**ranges, output: replace(ranges[output], minimum=-1e9)})
+    flatbuffer, notes = _tflite.quantize(
+        image, "int8", {**ranges, output: replace(ranges[output], minimum=-1e9)}
+    )
     last = _tflite._read(flatbuffer).subgraphs[0].tensors[operators(_tflite._read(flatbuffer))[-1][2][0]]
     assert last.type == schema.TensorType.FLOAT32
     assert len(notes) == 1 and output in notes[0]
@@ -233,7 +235,9 @@ def test_an_interface_that_cannot_be_kept_is_refused(
 # the census, on hand-made operators
 
 
-def flatbuffer_of(operator: str, shapes: list[tuple[int, ...]], output: tuple[int, ...], weight: int) -> bytes:
+def flatbuffer_of(
+    operator: str, shapes: list[tuple[int, ...]], output: tuple[int, ...], weight: int
+) -> bytes:
     """Return a flatbuffer of one operator; *weight* is the type of its second input."""
     graph, model, op, code = schema.SubGraphT(), schema.ModelT(), schema.OperatorT(), schema.OperatorCodeT()
     graph.tensors = []
@@ -267,7 +271,12 @@ COUNTED = [
 @pytest.mark.parametrize(("operator", "shapes", "output", "macs"), COUNTED)
 @pytest.mark.parametrize("kind", ["FLOAT32", "INT8", "INT4", "UINT8"])
 def test_census_counts_multiply_accumulates(
-    tmp_path: Path, operator: str, shapes: list[tuple[int, ...]], output: tuple[int, ...], macs: int, kind: str
+    tmp_path: Path,
+    operator: str,
+    shapes: list[tuple[int, ...]],
+    output: tuple[int, ...],
+    macs: int,
+    kind: str,
 ) -> None:
     path = tmp_path / "m.tflite"
     path.write_bytes(flatbuffer_of(operator, shapes, output, getattr(schema.TensorType, kind)))

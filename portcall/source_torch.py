@@ -1,0 +1,188 @@
+"""Torch sources: a factory, or a ``.pt2``. Everything here runs in a worker; loading either runs code."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from portcall.source import Reference, load_callable, user_code
+from portcall.targets.agent.contract import Dim, Source, TensorSpec
+from portcall.targets.agent.errors import BadInput, UnavailableError, UnsupportedError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def _import_torch(spec: str) -> Any:
+    try:
+        import torch
+    except ImportError as error:
+        raise UnavailableError(
+            f"{spec} needs torch, which is not installed", "pip install 'portcall[torch]'"
+        ) from error
+    return torch
+
+
+def _load_factory(spec: str) -> tuple[torch.nn.Module, tuple[Any, ...], dict[str, Any], Any]:
+    """Call a factory: (module, examples) or (module, examples, dynamic_shapes) -> module, args, kwargs, dynamic."""
+    torch = _import_torch(spec)
+    factory = load_callable(spec)
+    with user_code(f"{spec}()"):
+        made = factory()
+    if not isinstance(made, tuple) or len(made) not in (2, 3) or not isinstance(made[0], torch.nn.Module):
+        raise BadInput(
+            f"{spec}() returned {type(made).__name__}, not (module, example inputs[, dynamic shapes])",
+            "Return e.g. (model.eval(), (torch.zeros(1, 3, 224, 224),))",
+        )
+    module, examples = made[0], made[1]
+    if module.training:
+        raise BadInput(f"{spec}() returned a model in training mode", "Return model.eval()")
+    if isinstance(examples, torch.Tensor):
+        examples = (examples,)
+    dynamic = made[2] if len(made) == 3 else None
+    if isinstance(examples, dict):
+        return module, (), examples, dynamic
+    return module, tuple(examples), {}, dynamic
+
+
+def open_torch(spec: str, kind: str, directory: Path) -> Source:
+    torch = _import_torch(spec)
+    if kind == "torch":
+        module, args, kwargs, dynamic = _load_factory(spec)
+        program = _export_program(spec, module, args, kwargs, dynamic)
+        path = directory / "source.pt2"
+        torch.export.save(program, path)
+    else:
+        path = Path(spec).resolve()
+        program = _load_program(path)
+    inputs, outputs = _signature(program, spec)
+    shapes = _example_shapes(program, inputs)
+    return Source(spec, kind, path, _hash_program(program), inputs, outputs, shapes)
+
+
+def _export_program(spec: str, module: Any, args: Any, kwargs: Any, dynamic: Any) -> Any:
+    import torch
+
+    try:
+        with torch.no_grad():
+            return torch.export.export(module, args, kwargs, dynamic_shapes=dynamic)
+    except Exception as error:  # torch.export raises many kinds for models that it cannot trace
+        fix = "Make the model traceable: torch.export.export(module, args, dynamic_shapes=...) must succeed"
+        if "specialized" in str(error):
+            fix = "Give example inputs of size 2 or more in dynamic dimensions: torch.export takes 0 and 1 as fixed"
+        raise BadInput(f"torch.export of {spec} failed: {type(error).__name__}: {error}", fix) from error
+
+
+def _load_program(path: Path) -> Any:
+    import torch
+
+    try:
+        return torch.export.load(path)
+    except Exception as error:  # torch raises many kinds for a file that is no .pt2
+        first_line = (str(error).splitlines() or [""])[0]
+        raise BadInput(
+            f"{str(path)!r} is not a readable .pt2: {type(error).__name__}: {first_line}",
+            "Write it with torch.export.save(torch.export.export(model, args), path) of this torch version",
+        ) from error
+
+
+def _signature(program: Any, spec: str) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+    """Return the user inputs and outputs of an ExportedProgram, dynamic dimensions named.
+
+    Outputs are named by the keys of a dict or dataclass output, else "output" or "output_0", "output_1", ...
+    """
+    import torch
+
+    nodes = {n.name: n for n in program.graph.nodes}
+    symbols: dict[str, str] = {}
+
+    def spec_of(name: str, shown: str) -> TensorSpec:
+        value = nodes[name].meta["val"] if name in nodes else None
+        if not isinstance(value, torch.Tensor):
+            raise UnsupportedError(
+                f"{spec}: {shown!r} is {type(value).__name__}, not a tensor",
+                "Wrap the model so that it takes and returns tensors",
+            )
+        shape: list[Dim] = []
+        for axis, size in enumerate(value.shape):
+            if isinstance(size, int):
+                shape.append(size)
+            else:
+                fallback = "batch" if axis == 0 and "batch" not in symbols.values() else f"dim_{len(symbols)}"
+                shape.append(symbols.setdefault(str(size), fallback))
+        return TensorSpec(shown, tuple(shape), str(value.dtype).removeprefix("torch."))
+
+    inputs = tuple(spec_of(str(n), str(n)) for n in program.graph_signature.user_inputs)
+    names = [str(n) for n in program.graph_signature.user_outputs]
+    shown = _output_names(program, len(names))
+    return inputs, tuple(spec_of(n, s) for n, s in zip(names, shown, strict=True))
+
+
+def _output_names(program: Any, count: int) -> list[str]:
+    import torch.utils._pytree as pytree
+
+    spec = program.call_spec.out_spec
+    if spec is not None:
+        tree = pytree.tree_unflatten(list(range(count)), spec)
+        items = tree.items() if hasattr(tree, "items") else ()
+        names = {index: str(key) for key, index in items if isinstance(index, int)}
+        if len(names) == count:
+            return [names[i] for i in range(count)]
+    return ["output"] if count == 1 else [f"output_{i}" for i in range(count)]
+
+
+def _example_shapes(program: Any, inputs: tuple[TensorSpec, ...]) -> dict[str, tuple[int, ...]]:
+    """Return the concrete shapes of the example inputs, with a dynamic batch set to 1."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for spec, tensor in zip(inputs, flat_examples(program), strict=True):
+        shapes[spec.name] = tuple(
+            1 if axis == 0 and isinstance(dim, str) else int(size)
+            for axis, (dim, size) in enumerate(zip(spec.shape, tensor.shape, strict=True))
+        )
+    return shapes
+
+
+def flat_examples(program: Any) -> list[Any]:
+    """Return the tensors of an ExportedProgram's example inputs in the order of its user inputs."""
+    import torch.utils._pytree as pytree
+
+    args, kwargs = program.example_inputs
+    return list(pytree.tree_leaves((args, kwargs)))
+
+
+def _hash_program(program: Any) -> str:
+    """Return a sha256 over the traced code and every weight, equal for equal networks whatever file holds them."""
+    digest = hashlib.sha256(str(program.graph_module.code).encode())
+    tensors = {**program.state_dict, **program.constants}
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {getattr(tensor, 'dtype', '')} {list(getattr(tensor, 'shape', []))}".encode())
+        if hasattr(tensor, "detach"):
+            import torch
+
+            digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def torch_reference(source: Source) -> Reference:
+    import torch
+
+    torch.set_grad_enabled(False)
+    if source.format == "torch":
+        module, _, _, _ = _load_factory(source.spec)
+        flatten = torch.utils._pytree.tree_leaves
+        program = _load_program(source.path)
+    else:
+        program = _load_program(source.path)
+        module, flatten = program.module(), torch.utils._pytree.tree_leaves
+    in_spec = program.call_spec.in_spec
+
+    def run(sample: Mapping[str, Any]) -> dict[str, Any]:
+        flat = [torch.from_numpy(sample[t.name]) for t in source.inputs]
+        args, kwargs = torch.utils._pytree.tree_unflatten(flat, in_spec)
+        results = flatten(module(*args, **kwargs))
+        return {t.name: r.numpy() for t, r in zip(source.outputs, results, strict=True)}
+
+    return run
