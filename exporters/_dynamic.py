@@ -76,10 +76,12 @@ def _convolutions(model: Any) -> None:
             nodes.append(helper.make_node("Add", [result, f"{name}_bias"], [node.output[0]], f"{name}_Add"))
     if not quantized:
         return
+    used = {name for node in nodes for name in node.input}
+    replaced = {name for node in graph.node if node.op_type == "Conv" for name in node.input[1:]} - used
+    kept = [t for t in graph.initializer if t.name not in replaced]  # a branch of an If may use the others
+    kept += added
     del graph.node[:]
     graph.node.extend(nodes)
-    used = {name for node in nodes for name in node.input}
-    kept = [t for t in [*graph.initializer, *added] if t.name in used]
     del graph.initializer[:]
     graph.initializer.extend(kept)
 

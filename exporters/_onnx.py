@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import heapq
 import math
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Sequence, Tuple
+from typing import Any, Dict, List, Mapping, Sequence, Set, Tuple
 
 from portcall.targets.agent.contract import BoundTensor, Census, Graph, Source
 from portcall.targets.agent.errors import UnsupportedError
@@ -107,9 +108,8 @@ def save(model: Any, path: Path) -> Tuple[str, ...]:
     Return the names of the files written.
     """
     import onnx
-    from onnxruntime.quantization.onnx_model import ONNXModel
 
-    ONNXModel(model).topological_sort()
+    _sort(model.graph)
     model.ir_version = onnx.helper.find_min_ir_version_for(list(model.opset_import), ignore_unknown=True)
     files: Tuple[str, ...] = (path.name,)
     if not is_large(model):
@@ -119,6 +119,35 @@ def save(model: Any, path: Path) -> Tuple[str, ...]:
         onnx.save_model(model, str(path), save_as_external_data=True, location=files[1], size_threshold=1024)
     onnx.checker.check_model(str(path))
     return files
+
+
+def _sort(graph: Any) -> None:
+    """Order the nodes so that each follows what it reads, what its branches and loop bodies capture included."""
+    nodes = list(graph.node)
+    made_by = {name: number for number, node in enumerate(nodes) for name in node.output if name}
+    waits_for = [{made_by[name] for name in _reads(node) if name in made_by} for node in nodes]  # by number
+    readers: List[List[int]] = [[] for _ in nodes]
+    for number, sources in enumerate(waits_for):
+        for source in sources:
+            readers[source].append(number)
+    ready = [number for number, sources in enumerate(waits_for) if not sources]
+    ordered: List[Any] = []
+    while ready:
+        # The first of those that could come next: a sorted graph stays as it is.
+        number = heapq.heappop(ready)
+        ordered.append(nodes[number])
+        for reader in readers[number]:
+            waits_for[reader].discard(number)
+            if not waits_for[reader]:
+                heapq.heappush(ready, reader)
+    assert len(ordered) == len(nodes), "the graph has a cycle"
+    del graph.node[:]
+    graph.node.extend(ordered)
+
+
+def _reads(node: Any) -> Set[str]:
+    bodies = [body for attribute in node.attribute for body in [attribute.g, *attribute.graphs]]
+    return set(node.input).union(*(_reads(inner) for body in bodies for inner in body.node))
 
 
 def is_large(model: Any) -> bool:

@@ -15,9 +15,10 @@ import numpy as np
 from portcall import artifact as artifacts
 from portcall.bench.run import run_bench
 from portcall.calibration.table import CalibrationTable
+from portcall.cells import ExportPlan
 from portcall.core import Artifact, BadInput, PortcallError, Workload, parse_cells
 from portcall.exporters import backend_names, get_backend
-from portcall.pipeline import ExportPlan, run_export
+from portcall.pipeline import run_export
 from portcall.progress import Reporter
 from portcall.targets import get_target, target_names
 from portcall.targets.agent.contract import Session

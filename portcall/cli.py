@@ -373,6 +373,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
+        # CPython ends with -2, not 130, if the interrupt fell into an exec of text (a dataclass being made, say),
+        # caught or not; the next exec clears that note (_Py_UnhandledKeyboardInterrupt in pythonrun.c).
+        exec("")
         _print_error("interrupted", "interrupted; nothing half-written was left behind", "", as_json)
         return INTERRUPTED
     except OSError as error:  # a full or read-only disk, where no cell can be blamed

@@ -5,69 +5,20 @@ This is the parent's side: it plans, starts workers and moves finished folders i
 
 from __future__ import annotations
 
-import datetime
-import os
-import shutil
-import tempfile
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import portcall
 from portcall import artifact as artifacts
-from portcall.calibration.table import (
-    METHODS,
-    CalibrationTable,
-    DataRecord,
-    Section,
-    check_method,
-    table_sha256,
-)
-from portcall.core import (
-    Artifact,
-    Backend,
-    BadInput,
-    Cell,
-    CellFailed,
-    Graph,
-    Outcome,
-    PortcallError,
-    Ranges,
-    Recipe,
-    Source,
-    VerificationFailed,
-    outcome_of,
-)
+from portcall.calibration.table import CalibrationTable, DataRecord, check_method
+from portcall.cells import Cells, ExportPlan, Samples, failed_cell
+from portcall.core import BadInput, PortcallError, Source
 from portcall.exporters import get_backend
-from portcall.workspace import (
-    DataArgument,
-    Workspace,
-    lower,
-    observe,
-    open_source,
-    read_data,
-    run_reference,
-    with_data_shapes,
-)
+from portcall.workspace import Workspace, open_source, read_data, run_reference, with_data_shapes
 
 SYNTHETIC_SAMPLES = 4
-
-
-@dataclass(slots=True)
-class ExportPlan:
-    """Everything ``export`` was asked for."""
-
-    model: str
-    cells: Sequence[Cell]
-    output: Path
-    data: DataArgument | None = None
-    evaluation: DataArgument | None = None
-    table: Path | None = None
-    method: str = "minmax"
-    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 def run_export(work: Workspace, plan: ExportPlan) -> list[dict[str, Any]]:
@@ -85,8 +36,6 @@ def run_export(work: Workspace, plan: ExportPlan) -> list[dict[str, Any]]:
             f"Run: portcall export {plan.model} --to {calibrated[0]} --data DATA -o DIR",
         )
     check_method(plan.method)
-    if plan.method not in METHODS:
-        raise BadInput(f"no calibration method {plan.method!r}", f"There are: {', '.join(METHODS)}")
     table = None if plan.table is None else CalibrationTable.load(plan.table)
     if table is not None and not table.sections:
         raise BadInput(f"{plan.table} holds no section", "Calibrate again")
@@ -97,27 +46,34 @@ def run_export(work: Workspace, plan: ExportPlan) -> list[dict[str, Any]]:
     _check_output(plan.output, source)
     evaluation, calibration = _choose_samples(work, plan, source)
     source = evaluation.source
-    cells = _Cells(work, plan, source, table, calibration, backends, probing)
+    cells = Cells(work, plan, source, table, calibration, backends, probing)
     work.logs = plan.output / "logs"
+    # All that can turn out to be bad input comes before the first artifact.
+    errors = {cell: _attempt(partial(cells.prepare, cell)) for cell in plan.cells}
+    samples: Samples | PortcallError | None = None
     results = []
-    samples: _Samples | None = None
     for cell in plan.cells:
-        start = time.perf_counter()
         try:
-            cells.prepare(cell)
+            if (error := errors[cell]) is not None:
+                raise error
             if samples is None:
                 samples = _reference(work, source, evaluation)
-            results.append(cells.run(cell, samples, start))
+            if isinstance(samples, PortcallError):
+                raise samples
+            results.append(cells.run(cell, samples))
         except BadInput:
             raise
         except PortcallError as error:
-            results.append(_failed(cell, error, time.perf_counter() - start))
+            results.append(failed_cell(cell, error))
     return results
 
 
 def _attempt(action: Callable[[], None]) -> PortcallError | None:
+    """Return the error that *action* ends in, for the cells that it concerns; bad input ends the whole command."""
     try:
         action()
+    except BadInput:
+        raise
     except PortcallError as error:
         return error
     return None
@@ -204,18 +160,15 @@ def _choose_samples(
     return replace(evaluation, source=source), calibration
 
 
-def _reference(work: Workspace, source: Source, evaluation: _Evaluation) -> _Samples:
-    folder = run_reference(work, source, evaluation.kind, evaluation.n, evaluation.record)
-    return _Samples(folder, *_pack(folder, min(artifacts.MAX_SAMPLES, evaluation.n)))
-
-
-@dataclass(frozen=True, slots=True)
-class _Samples:
-    """The evaluation samples with the reference's outputs, and the few of them that every artifact carries."""
-
-    folder: Path
-    packed: Path
-    packed_n: int
+def _reference(work: Workspace, source: Source, evaluation: _Evaluation) -> Samples | PortcallError:
+    """Run the source on the evaluation samples; an error there is every cell's."""
+    try:
+        folder = run_reference(work, source, evaluation.kind, evaluation.n, evaluation.record)
+    except BadInput:
+        raise
+    except PortcallError as error:
+        return error
+    return Samples(folder, *_pack(folder, min(artifacts.MAX_SAMPLES, evaluation.n)))
 
 
 def _pack(folder: Path, count: int) -> tuple[Path, int]:
@@ -227,265 +180,3 @@ def _pack(folder: Path, count: int) -> tuple[Path, int]:
             arrays.append({k: stored[k] for k in stored.files})
     path = folder / artifacts.SAMPLES
     return path, artifacts.pack_samples(arrays, path)
-
-
-class _Cells:
-    """Turns one cell after the other into an artifact; graphs and ranges are made once per kind and shared."""
-
-    def __init__(
-        self,
-        work: Workspace,
-        plan: ExportPlan,
-        source: Source,
-        table: CalibrationTable | None,
-        calibration: DataRecord | None,
-        backends: Mapping[str, Backend],
-        probing: Mapping[str, PortcallError | None],
-    ) -> None:
-        self._work, self._plan, self._source, self._table = work, plan, source, table
-        self._calibration, self._backends, self._probing = calibration, backends, probing
-        self._graphs: dict[str, Graph | PortcallError] = {}
-        self._sections: dict[str, Section | PortcallError] = {}
-
-    def prepare(self, cell: Cell) -> None:
-        """Raise what keeps *cell* from being exported at all; lower its graph."""
-        backend = self._backends[cell.backend]
-        error = self._probing[cell.backend]
-        if error is not None:
-            raise error
-        if backend.graph not in self._graphs:
-            try:
-                self._graphs[backend.graph] = lower(self._work, self._source, backend)
-            except BadInput:
-                raise
-            except PortcallError as failure:
-                self._graphs[backend.graph] = failure
-        graph = self._graphs[backend.graph]
-        if isinstance(graph, PortcallError):
-            raise graph
-
-    def run(self, cell: Cell, samples: _Samples, start: float) -> dict[str, Any]:
-        backend = self._backends[cell.backend]
-        graph = self._graphs[backend.graph]
-        assert isinstance(graph, Graph)
-        section = None
-        if backend.capabilities.precisions[cell.precision].calibrated:
-            section = self._section(graph, cell.backend)
-        recipe = Recipe(cell.precision, self._plan.method)
-        staging = _staging(self._plan.output)
-        try:
-            exported = self._work.call(
-                "portcall.stages:export",
-                {
-                    "backend": cell.backend,
-                    "graph": graph.to_json(),
-                    "recipe": recipe.to_json(),
-                    "ranges": None if section is None else _plain(section.ranges(recipe.method)),
-                    "directory": str(staging),
-                },
-                f"export {cell}",
-                cell.backend,
-            )
-            artifact = Artifact.from_json(
-                {**exported, "directory": str(staging), "backend": cell.backend, "precision": cell.precision}
-            )
-            verified = self._verify(artifact, samples)
-            census = self._census(artifact, cell)
-            manifest = self._manifest(cell, recipe, graph, section, exported, verified, census, samples)
-            manifest["seconds"] = round(time.perf_counter() - start, 3)
-            try:
-                if samples.packed_n:
-                    shutil.copyfile(samples.packed, staging / artifacts.SAMPLES)
-                text = self._backends[cell.backend].example.replace("@ENTRY@", artifact.entry)
-                (staging / artifacts.EXAMPLE).write_text(text)
-                manifest = artifacts.finish(staging, self._plan.output / cell.folder, manifest)
-            except OSError as error:
-                raise CellFailed(
-                    f"cannot write {self._plan.output}: {error.strerror}",
-                    "Free space there or choose another -o",
-                ) from error
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
-        return {
-            "backend": cell.backend,
-            "precision": cell.precision,
-            "outcome": Outcome.ARTIFACT.value,
-            "error_kind": None,
-            "reason": None,
-            "fix": None,
-            "path": str(self._plan.output / cell.folder),
-            "size_bytes": artifacts.model_bytes(manifest),
-            "seconds": manifest["seconds"],
-            "parity": manifest["parity"],
-            "eval": manifest["eval"],
-            "arithmetic": manifest["arithmetic"],
-            "notes": manifest["notes"],
-        }
-
-    def _section(self, graph: Graph, backend: str) -> Section:
-        """Return the table's section of this graph, else tap it on DATA, once per kind."""
-        if graph.kind not in self._sections:
-            try:
-                self._sections[graph.kind] = self._find_section(graph, backend)
-            except BadInput:
-                raise
-            except PortcallError as error:
-                self._sections[graph.kind] = error
-        section = self._sections[graph.kind]
-        if isinstance(section, PortcallError):
-            raise section
-        return section
-
-    def _find_section(self, graph: Graph, backend: str) -> Section:
-        record = self._calibration
-        if self._table is not None:
-            if graph.sha256 in self._table.sections:
-                return self._table.sections[graph.sha256]
-            if record is None:
-                record = self._recorded(graph)
-        assert record is not None
-        return observe(self._work, graph, backend, record)
-
-    def _recorded(self, graph: Graph) -> DataRecord:
-        """Return the DATA that the table was made from, if it is still there and unchanged."""
-        assert self._table is not None
-        was = next(s.data for s in self._table.sections.values() if s.source_sha256 == graph.source.sha256)
-        fix = (
-            f"Run: portcall calibrate {self._plan.model} --data DATA --for {graph.kind} -o {self._plan.table}"
-        )
-        try:
-            now, _ = read_data(
-                self._work,
-                graph.source,
-                DataArgument(was.spec, was.preprocess),
-                "recorded DATA",
-                was.start,
-                was.stop,
-            )
-        except BadInput as error:
-            raise BadInput(
-                f"the table has no {graph.kind} section, and its DATA cannot be read: {error.message}", fix
-            ) from error
-        if now.sha256 != was.sha256:
-            raise BadInput(
-                f"the table has no {graph.kind} section, and its DATA {was.spec!r} has changed since", fix
-            )
-        return now
-
-    def _verify(self, artifact: Artifact, samples: _Samples) -> dict[str, Any]:
-        self._work.probe(artifact.backend, "run")
-        job = {
-            "artifact": artifact.to_json(),
-            "samples": str(samples.folder),
-            "head": samples.packed_n,
-            "threads": os.cpu_count() or 1,
-        }
-        label = f"verify {artifact.backend}:{artifact.precision}"
-        found: dict[str, Any] = self._work.call(
-            "portcall.targets.agent.jobs:verify", job, label, artifact.backend
-        )
-        return found
-
-    def _census(self, artifact: Artifact, cell: Cell) -> dict[str, Any]:
-        job = {
-            "artifact": artifact.to_json(),
-            "shapes": {k: list(v) for k, v in self._source.example_shapes.items()},
-        }
-        found: dict[str, Any] = self._work.call("portcall.stages:census", job, f"count {cell}", cell.backend)
-        check_integer(self._backends[cell.backend], cell, found)
-        return found
-
-    def _manifest(
-        self,
-        cell: Cell,
-        recipe: Recipe,
-        graph: Graph,
-        section: Section | None,
-        exported: Mapping[str, Any],
-        verified: Mapping[str, Any],
-        census: Mapping[str, Any],
-        samples: _Samples,
-    ) -> dict[str, Any]:
-        calibration = None
-        if section is not None:
-            calibration = {
-                "table_sha256": None if self._plan.table is None else table_sha256(self._plan.table),
-                "method": recipe.method,
-                "data_sha256": section.data.sha256,
-                "n": section.data.n,
-            }
-        data = self._plan.data or self._plan.evaluation
-        return {
-            "schema": artifacts.SCHEMA,
-            "portcall": portcall.__version__,
-            "backend": cell.backend,
-            "precision": cell.precision,
-            "meaning": self._backends[cell.backend].capabilities.precisions[cell.precision].meaning,
-            "recipe": recipe.to_json(),
-            "entry": exported["entry"],
-            "inputs": exported["inputs"],
-            "outputs": exported["outputs"],
-            "preprocessing": None if data is None else data.preprocess,
-            "classes": None,
-            "source": {
-                "spec": _absolute(self._source.spec),
-                "format": self._source.format,
-                "sha256": self._source.sha256,
-            },
-            "graph_sha256": graph.sha256,
-            "calibration": calibration,
-            "versions": exported["versions"],
-            "notes": exported["notes"],
-            "arithmetic": census,
-            "parity": verified["parity"],
-            "eval": verified["eval"],
-            "samples": {"n": samples.packed_n, "sqnr_db": verified["head_sqnr_db"]},
-            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        }
-
-
-def check_integer(backend: Backend, cell: Cell, census: Mapping[str, Any]) -> None:
-    """Raise VerificationFailed where an integer precision holds no integer arithmetic at all."""
-    if not backend.capabilities.precisions[cell.precision].integer:
-        return
-    nodes = census["float_nodes"]
-    if census["quantize_nodes"] == 0 or (nodes and census["integer_macs"] == 0):
-        shown = ", ".join(nodes[:5]) + (f" and {len(nodes) - 5} more" if len(nodes) > 5 else "")
-        raise VerificationFailed(
-            f"{cell} stayed in floating point: {shown or 'no operator was quantized'}",
-            "No operator of this model can be quantized here; use fp32 or fp16",
-        )
-
-
-def _staging(output: Path) -> Path:
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(prefix=".portcall-", dir=output))
-    except OSError as error:
-        raise CellFailed(
-            f"cannot write {output}: {error.strerror}", "Free space there or choose another -o"
-        ) from error
-
-
-def _plain(ranges: Ranges) -> dict[str, list[float]]:
-    return {name: [r.minimum, r.maximum] for name, r in ranges.items()}
-
-
-def _absolute(spec: str) -> str:
-    return str(Path(spec).resolve()) if Path(spec).exists() else spec
-
-
-def _failed(cell: Cell, error: PortcallError, seconds: float) -> dict[str, Any]:
-    return {
-        "backend": cell.backend,
-        "precision": cell.precision,
-        "outcome": outcome_of(error).value,
-        "error_kind": error.kind,
-        "reason": error.message,
-        "fix": error.fix or None,
-        "path": None,
-        "size_bytes": None,
-        "seconds": round(seconds, 3),
-        "parity": None,
-        "eval": None,
-    }

@@ -152,7 +152,7 @@ def test_read_only_in_the_middle(tiny_onnx: Path, small_disk: Path) -> None:
     assert "Traceback" not in stderr, stderr
     results = json.loads(stdout)["results"]
     assert process.returncode == 4, results
-    assert [r["outcome"] for r in results][0] == "artifact"
+    assert results[0]["outcome"] == "artifact"
     for cell in results:
         if cell["outcome"] == "artifact":
             open_artifact(Path(cell["path"]))

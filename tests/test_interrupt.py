@@ -139,6 +139,31 @@ def test_export_while_it_starts(place: Place, later_s: float) -> None:
     assert process.returncode == 130
 
 
+IN_EXEC = """
+import portcall.cli
+
+def dispatch(given, as_json):
+    exec("raise KeyboardInterrupt")
+
+portcall.cli._dispatch = dispatch
+"""
+
+
+def test_exit_code_where_an_exec_is_interrupted(tmp_path: Path) -> None:
+    """``python -m`` alone would end with -2: dataclasses and named tuples are made with exec."""
+    (tmp_path / "interrupted_in_exec.py").write_text(
+        IN_EXEC + "import sys\nsys.exit(portcall.cli.main(['doctor']))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "interrupted_in_exec"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (130, ""), done.stderr
+
+
 AT_LINE = """
 import os, signal, sys
 

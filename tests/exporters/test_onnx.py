@@ -212,3 +212,15 @@ def test_weights_above_the_threshold_go_to_a_file_of_their_own(
     x = np.random.default_rng(1).standard_normal((1, 64)).astype(np.float32)
     np.testing.assert_allclose(run(folder / "again.onnx", x=x)[0], run(path, x=x)[0], rtol=1e-5)
     assert _onnx.census(canonical, {"x": (1, 64)}).macs == 64 * 32
+
+
+def test_saving_sorts_and_leaves_a_sorted_graph_as_it_is(tmp_path: Path) -> None:
+    path = conv_add_mul(tmp_path / "m.onnx")
+    model = onnx.load(str(path))
+    order = [n.name for n in model.graph.node]
+    nodes = list(model.graph.node)
+    for shuffled in (nodes, nodes[::-1], [nodes[i] for i in (2, 0, 3, 1)]):
+        del model.graph.node[:]
+        model.graph.node.extend(shuffled)
+        _onnx.save(model, tmp_path / "sorted.onnx")
+        assert [n.name for n in onnx.load(str(tmp_path / "sorted.onnx")).graph.node] == order
