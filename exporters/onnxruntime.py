@@ -134,13 +134,13 @@ import pathlib
 import numpy
 import onnxruntime
 
-here = pathlib.Path(__file__).parent
+@COMMON@
+
+
 session = onnxruntime.InferenceSession(str(here / "@ENTRY@"), providers=["CPUExecutionProvider"])
-samples = numpy.load(here / "samples.npz")
 feeds = {i.name: samples[i.name][0] for i in session.get_inputs()}
 for output, value in zip(session.get_outputs(), session.run(None, feeds)):
-    reference = samples["reference/" + output.name][0]
-    print(output.name, value.shape, "largest difference from the source model:", abs(value - reference).max())
+    show(output.name, value)
 '''
 
 BACKEND = Backend(

@@ -175,14 +175,15 @@ import pathlib
 import numpy
 import openvino
 
-here = pathlib.Path(__file__).parent
+@COMMON@
+
+
 model = openvino.Core().compile_model(str(here / "@ENTRY@"), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-samples = numpy.load(here / "samples.npz")
-results = model({name: samples[name][0] for port in model.inputs for name in port.get_names() if name in samples})
+feeds = {name: samples[name][0] for port in model.inputs for name in port.get_names() if name in samples}
+results = model(feeds)
 for port in model.outputs:
-    name = next(n for n in port.get_names() if "reference/" + n in samples)
-    reference = samples["reference/" + name][0]
-    print(name, results[port].shape, "largest difference from the source model:", abs(results[port] - reference).max())
+    names = sorted(port.get_names())
+    show(next((n for n in names if "reference/" + n in samples), names[0]), results[port])
 '''
 
 BACKEND = Backend(

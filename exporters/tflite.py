@@ -150,12 +150,12 @@ import pathlib
 import numpy
 from ai_edge_litert.interpreter import Interpreter
 
-here = pathlib.Path(__file__).parent
+@COMMON@
+
+
 runner = Interpreter(str(here / "@ENTRY@")).get_signature_runner()
-samples = numpy.load(here / "samples.npz")
 for name, value in runner(**{name: samples[name][0] for name in runner.get_input_details()}).items():
-    reference = samples["reference/" + name][0]
-    print(name, value.shape, "largest difference from the source model:", abs(value - reference).max())
+    show(name, value)
 '''
 
 BACKEND = Backend(

@@ -198,11 +198,12 @@ class LoadedArtifact:
     def infer(self, inputs: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
         """Return the outputs for one set of *inputs*. Raises BadInput for a wrong name or dtype."""
         arrays = {}
+        names = [t.source for t in self.inputs]
+        if sorted(inputs) != sorted(names):
+            raise BadInput(
+                f"inputs {sorted(inputs)} given, the model has {names}", "Give each once, by its name"
+            )
         for tensor in self._artifact.inputs:
-            if tensor.source not in inputs:
-                raise BadInput(
-                    f"no input {tensor.source!r} given", f"Give: {', '.join(t.source for t in self.inputs)}"
-                )
             array = np.asarray(inputs[tensor.source], order="C")  # ascontiguousarray would make a scalar 1-D
             if array.dtype != np.dtype(tensor.dtype):
                 raise BadInput(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from portcall.targets.agent.contract import Artifact
-from portcall.targets.agent.errors import BadInput, CellFailed
+from portcall.targets.agent.errors import BadInput, VerificationFailed
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,6 +28,7 @@ VOLATILE = ("created", "seconds", "identity")
 """Manifest keys that do not belong to an artifact's identity."""
 
 _FORM: Mapping[str, type] = {
+    "identity": str,
     "backend": str,
     "precision": str,
     "entry": str,
@@ -120,15 +121,19 @@ def _artifact(folder: Path, manifest: Mapping[str, Any]) -> Artifact:
 def open_artifact(folder: Path) -> tuple[Artifact, dict[str, Any]]:
     """Return the artifact in *folder* and its manifest, every file checked against its sha256.
 
-    Raises BadInput where the manifest is unusable, CellFailed where a file is missing or changed.
+    Raises BadInput where the manifest is unusable, VerificationFailed where a file is missing or changed.
     """
     manifest = read_manifest(folder)
+    if manifest["identity"] != identity(manifest):
+        raise VerificationFailed(
+            f"{folder / MANIFEST} was changed after the export", "Copy or export the artifact again"
+        )
     for name, entry in manifest["files"].items():
         path = folder / name
         if not path.is_file() or path.is_symlink():
-            raise CellFailed(f"{folder} lacks its file {name}", "Copy the artifact again, whole")
+            raise VerificationFailed(f"{folder} lacks its file {name}", "Copy the artifact again, whole")
         if sha256_file(path) != entry["sha256"]:
-            raise CellFailed(
+            raise VerificationFailed(
                 f"{path} is not the file that was exported (sha256 differs)", "Copy or export it again"
             )
     return _artifact(folder, manifest), manifest

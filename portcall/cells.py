@@ -92,10 +92,9 @@ class Cells:
         backend = self._backends[cell.backend]
         graph = self._graphs[backend.graph]
         assert isinstance(graph, Graph)
-        section = None
-        if backend.capabilities.precisions[cell.precision].calibrated:
-            section = self._sections[graph.kind]
-            assert isinstance(section, Section)
+        found = self._sections.get(graph.kind)
+        calibrated = backend.capabilities.precisions[cell.precision].calibrated
+        section = found if calibrated and isinstance(found, Section) else None
         recipe = Recipe(cell.precision, self._plan.method)
         staging = _staging(self._plan.output)
         try:
@@ -121,8 +120,7 @@ class Cells:
             try:
                 if samples.packed_n:
                     shutil.copyfile(samples.packed, staging / artifacts.SAMPLES)
-                text = self._backends[cell.backend].example.replace("@ENTRY@", artifact.entry)
-                (staging / artifacts.EXAMPLE).write_text(text)
+                (staging / artifacts.EXAMPLE).write_text(_example(backend, artifact, self._source, samples))
                 manifest = artifacts.finish(staging, self._plan.output / cell.folder, manifest)
             except OSError as error:
                 raise CellFailed(
@@ -256,7 +254,7 @@ class Cells:
 
 
 def _once(made: dict[str, T | PortcallError], key: str, make: Callable[[], T]) -> T:
-    """Return ``made[key]``, made if it is not there yet; an error is kept and raised again. BadInput ends the command."""
+    """Return ``made[key]``, made at the first call; an error is kept and raised again. BadInput ends the command."""
     if key not in made:
         try:
             made[key] = make()
@@ -281,6 +279,30 @@ def check_integer(backend: Backend, cell: Cell, census: Mapping[str, Any]) -> No
             f"{cell} stayed in floating point: {shown or 'no operator was quantized'}",
             "No operator of this model can be quantized here; use fp32 or fp16",
         )
+
+
+def _example(backend: Backend, artifact: Artifact, source: Source, samples: Samples) -> str:
+    """Return the text of example.py: on the artifact's samples, or on zeros where one sample is above 1 MB."""
+    inputs = 'numpy.load(here / "samples.npz")'
+    if not samples.packed_n:
+        shapes = {t.name: (1, *source.example_shapes[t.name]) for t in source.inputs}
+        zeros = (f'"{t.name}": numpy.zeros({shapes[t.name]}, "{t.dtype}")' for t in source.inputs)
+        inputs = "{" + ", ".join(zeros) + "}"
+    common = _EXAMPLE_COMMON.replace("@SAMPLES@", inputs)
+    return backend.example.replace("@COMMON@", common).replace("@ENTRY@", artifact.entry)
+
+
+_EXAMPLE_COMMON = '''here = pathlib.Path(__file__).parent
+samples = @SAMPLES@
+
+
+def show(name, value):
+    """Print an output, and how far it is from the source model's where the artifact carries that."""
+    print(name, value.shape)
+    if "reference/" + name in samples:
+        reference = numpy.asarray(samples["reference/" + name][0], "float64")
+        difference = abs(numpy.asarray(value, "float64") - reference).max()
+        print("  largest difference from the source model:", difference)'''
 
 
 def _staging(output: Path) -> Path:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import portcall
+import portcall.exporters
 from portcall.calibration.table import DataRecord, Section
 from portcall.core import (
     Backend,
@@ -141,6 +142,7 @@ def lower(work: Workspace, source: Source, backend: Backend) -> Graph:
         "names": [t.name for t in (*source.inputs, *source.outputs)],
         "kind": backend.graph,
         "shapes": {k: list(v) for k, v in source.example_shapes.items()},
+        "code": _exporters_sha256(),
         "versions": {**work.probed[(backend.name, "export")], "portcall": portcall.__version__},
     }
     key = hashlib.sha256(json.dumps(key_parts, sort_keys=True).encode()).hexdigest()
@@ -166,6 +168,12 @@ def lower(work: Workspace, source: Source, backend: Backend) -> Graph:
         os.utime(place)
     graph = Graph.from_json(json.loads((place / "graph.json").read_text()))
     return replace(graph, path=place / graph.path.name, source=source)
+
+
+def _exporters_sha256() -> str:
+    """Return a hash of the code that lowers, so that a changed exporter does not meet an old graph."""
+    files = sorted(Path(portcall.exporters.__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
 
 
 def _prune(folder: Path, keep: Path) -> None:

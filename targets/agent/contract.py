@@ -350,7 +350,8 @@ class Backend:
     lower(source, dir): once per model and graph kind, cached. export(graph, recipe, ranges, dir) writes the
     files of one artifact. load(artifact, workload): a context manager of a Session. census(artifact, shapes):
     counts integer arithmetic (shapes: source input name -> concrete shape). finish: builds the rest on the device.
-    example: the text of an ``example.py`` that needs only the runtime.
+    example: the text of an ``example.py`` that needs only the runtime; @ENTRY@ stands for the file to load, @COMMON@
+    for what defines ``here``, ``samples`` and ``show(name, value)``.
     """
 
     name: str
