@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -60,8 +61,9 @@ def run_bench(
     workload: Workload,
     data: DataArgument | None = None,
     output: Path | None = None,
-) -> list[dict[str, Any]]:
-    """Measure every spec (artifact folder or bare file) and return the ``results`` of the JSON contract.
+) -> tuple[list[dict[str, Any]], PortcallError | None]:
+    """Measure every spec (artifact folder or bare file); return the ``results`` of the JSON contract, and the error
+    of saving them: what was measured is never lost to a full disk.
 
     One process each reads memory; then rounds of one process each (A B C A B C ...) are timed, so that drift hits
     all alike. output: a folder for ``bench.json`` and the raw samples. Raises BadInput for unusable specs.
@@ -81,8 +83,11 @@ def run_bench(
             _attempt(subject, partial(_measure, work, driver, subject, workload, number))
     results = [_result(subject, target, workload) for subject in subjects]
     if output is not None:
-        _save(output, subjects, results)
-    return results
+        try:
+            _save(output, subjects, results)
+        except PortcallError as error:
+            return results, error
+    return results, None
 
 
 def _attempt(subject: _Subject, action: Callable[[], None]) -> None:
@@ -279,18 +284,27 @@ def _result(subject: _Subject, target: str, workload: Workload) -> dict[str, Any
 
 
 def _save(output: Path, subjects: Sequence[_Subject], results: Sequence[Mapping[str, Any]]) -> None:
-    """Write ``bench.json`` and, per subject, the raw samples of every process in order."""
-    raw = output / "raw"
+    """Write ``bench.json`` and, per subject, the raw samples of every process in order.
+
+    Those of an earlier bench stay until the new ones are complete.
+    """
+    raw, part = output / "raw", output / ".raw.part"
     try:
-        raw.mkdir(parents=True, exist_ok=True)
-        for old in raw.glob("[0-9][0-9][0-9]-*.npz"):  # of an earlier bench; anything else is the user's
-            old.unlink()
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
         for number, subject in enumerate(subjects):
             arrays: dict[str, Any] = {f"wall_ns_{i}": a for i, a in enumerate(subject.wall)}
             arrays |= {f"cpu_ns_{i}": a for i, a in enumerate(subject.cpu)}
-            np.savez_compressed(raw / f"{number:03d}-{subject.label.replace(':', '-')}.npz", **arrays)
+            np.savez_compressed(part / f"{number:03d}-{subject.label.replace(':', '-')}.npz", **arrays)
+        raw.mkdir(exist_ok=True)
+        for old in raw.glob("[0-9][0-9][0-9]-*.npz"):  # of an earlier bench; anything else is the user's
+            old.unlink()
+        for new in part.iterdir():
+            new.replace(raw / new.name)
         artifacts.write_json(output / "bench.json", {"schema": 1, "results": list(results)})
     except OSError as error:
         raise CellFailed(
             f"cannot write {output}: {error.strerror}", "Free space there or choose another -o"
         ) from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)

@@ -57,6 +57,10 @@ def main(output: Path, seconds: float) -> int:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=12.0, help="cap per cell over 5 processes (default 12)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=12.0, help="cap per cell over 5 processes (default 12)"
+    )
     sys.exit(main(Path("build/demo"), parser.parse_args().seconds))

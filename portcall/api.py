@@ -109,11 +109,15 @@ def benchmark(
     timeout_s: float = TIMEOUT_S,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
-    """Measure latency and memory of artifacts or bare files; what ``portcall bench --json`` prints."""
+    """Measure latency and memory of artifacts or bare files; what ``portcall bench --json`` prints.
+
+    output: a folder for ``bench.json`` and the raw samples; where it cannot be written, "error" stands beside the
+    results.
+    """
     single = isinstance(artifacts_or_files, str | Path)
     specs = [artifacts_or_files] if single else list(artifacts_or_files)  # type: ignore[arg-type]  # narrowed by single
     with open_workspace(reporter or Reporter(False), timeout_s) as work:
-        results = run_bench(
+        results, unsaved = run_bench(
             work,
             [str(s) for s in specs],
             target,
@@ -121,7 +125,10 @@ def benchmark(
             _data(data, preprocess),
             None if output is None else Path(output),
         )
-    return {"schema": SCHEMA, "results": results}
+    answer: dict[str, Any] = {"schema": SCHEMA, "results": results}
+    if unsaved is not None:
+        answer["error"] = {"kind": unsaved.kind, "message": unsaved.message, "fix": unsaved.fix or None}
+    return answer
 
 
 def calibrate(

@@ -5,237 +5,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
-from portcall import __version__
+from portcall.arguments import Usage, build_parser
 
 OK, FAILED_VERIFICATION, BAD_INPUT, CELL_FAILED, INTERRUPTED = 0, 1, 2, 4, 130
 PORTCALL_SCHEMA = 1
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-MODEL_HELP = "model.onnx, model.pt2, or package.module:factory (a .pt2 or a factory runs code, in a worker)"
-DATA_HELP = "x.npz keyed by input name, a folder of .npy, a folder of images (with --preprocess), package.module:callable"
-
-
-class _Usage(Exception):
-    """The command line itself cannot be read."""
-
-
-class _Parser(argparse.ArgumentParser):
-    def __init__(self, **options: Any) -> None:
-        super().__init__(allow_abbrev=False, **options)  # "--js" must not pass for --json
-
-    def error(self, message: str) -> NoReturn:
-        raise _Usage(f"{message}. See: {self.prog} --help")
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of the whole command line."""
-    parser = _Parser(
-        prog="portcall",
-        description="Export one model to every device format, prove that it computes the same, measure its cost.",
-        epilog="""examples:
-  portcall doctor
-  portcall export model.onnx --to onnxruntime:fp32,int8,openvino:int8 --data calibration.npz -o out
-  portcall bench out/onnxruntime-fp32 out/onnxruntime-int8
-
-exit codes: 0 all done; 1 an artifact failed verification; 2 bad input, nothing run; 4 a cell failed or is
-unavailable; 130 interrupted""",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--version", action="version", version=f"portcall {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
-    _doctor(commands)
-    _calibrate(commands)
-    _export(commands)
-    _verify(commands)
-    _bench(commands)
-    completion = _command(
-        commands,
-        "completion",
-        "print a shell completion script",
-        "portcall completion bash > ~/.local/share/bash-completion/completions/portcall",
-    )
-    completion.add_argument("shell", choices=["bash", "zsh", "tcsh"])
-    return parser
-
-
-def _command(commands: Any, name: str, help_text: str, example: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(
-        name,
-        help=help_text,
-        description=help_text[0].upper() + help_text[1:] + ".",
-        epilog=f"example:\n  {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    if name != "completion":
-        parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-        parser.add_argument(
-            "--timeout", type=_seconds, default=1800.0, metavar="S", help="for each worker (default 1800 s)"
-        )
-    return parser
-
-
-def _model_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--preprocess", metavar="NAME", help="named preprocessing for a folder of images")
-    parser.add_argument(
-        "--shape",
-        type=_shape,
-        action="append",
-        default=[],
-        metavar="NAME=1x128",
-        help="shape of an input with dynamic dimensions (repeatable)",
-    )
-
-
-def _doctor(commands: Any) -> None:
-    parser = _command(
-        commands, "doctor", "show what can be exported and run here, with reason and fix", "portcall doctor"
-    )
-    parser.set_defaults(run=_run_doctor)
-
-
-def _calibrate(commands: Any) -> None:
-    parser = _command(
-        commands,
-        "calibrate",
-        "run calibration data through the model and write a calibration table",
-        "portcall calibrate model.onnx --data photos --preprocess imagenet -o model.pctable",
-    )
-    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument("--data", required=True, help=DATA_HELP)
-    parser.add_argument(
-        "--for",
-        dest="kinds",
-        action="append",
-        default=[],
-        metavar="BACKEND",
-        help="also tap the graph of this backend (tflite)",
-    )
-    parser.add_argument(
-        "-o", "--output", default="table.pctable", metavar="FILE", help="default: table.pctable"
-    )
-    _model_options(parser)
-    parser.set_defaults(run=_run_calibrate)
-
-
-def _export(commands: Any) -> None:
-    parser = _command(
-        commands,
-        "export",
-        "export to backends and precisions, and verify each against the source",
-        "portcall export package.module:factory --to onnxruntime:fp32,int8,tflite:int8 --data calib.npz -o out",
-    )
-    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument(
-        "--to",
-        action="append",
-        required=True,
-        metavar="BACKEND:PRECISION[,...]",
-        help="repeatable; BACKEND:all means all its precisions",
-    )
-    parser.add_argument("--data", help=f"calibration data: {DATA_HELP}")
-    parser.add_argument("--table", metavar="FILE", help="ranges from this table instead of --data")
-    parser.add_argument("--method", default="minmax", help="how ranges are derived (default minmax)")
-    parser.add_argument(
-        "--eval",
-        dest="evaluation",
-        metavar="DATA",
-        help="data that parity is measured on; with labels, top-1 too",
-    )
-    parser.add_argument(
-        "-o", "--output", required=True, metavar="DIR", help="new or empty folder for the artifacts"
-    )
-    parser.add_argument(
-        "--allow-unavailable", action="store_true", help="exit 0 although a backend is not installed here"
-    )
-    _model_options(parser)
-    parser.set_defaults(run=_run_export)
-
-
-def _verify(commands: Any) -> None:
-    parser = _command(
-        commands,
-        "verify",
-        "check an artifact's files, and its outputs against the source's",
-        "portcall verify out/onnxruntime-int8 --eval test.npz",
-    )
-    parser.add_argument(
-        "artifact", metavar="ARTIFACT", help="a folder written by portcall export; nothing in it is executed"
-    )
-    parser.add_argument(
-        "--eval", dest="evaluation", metavar="DATA", help="run the source model too, on this data"
-    )
-    parser.add_argument("--preprocess", metavar="NAME", help="named preprocessing for a folder of images")
-    parser.set_defaults(run=_run_verify)
-
-
-def _bench(commands: Any) -> None:
-    parser = _command(
-        commands,
-        "bench",
-        "measure latency and memory, a fresh process per run",
-        "portcall bench out/onnxruntime-int8 model.tflite --processes 10",
-    )
-    parser.add_argument(
-        "artifacts",
-        nargs="+",
-        metavar="ARTIFACT|FILE",
-        help="artifact folders, or bare .onnx, .tflite, .xml files",
-    )
-    parser.add_argument("--on", default="local", metavar="TARGET", help="default: local")
-    parser.add_argument("--data", help=f"inputs: {DATA_HELP}")
-    parser.add_argument(
-        "--processes", type=_count, default=5, metavar="N", help="fresh processes each (default 5)"
-    )
-    parser.add_argument("--threads", type=_count, default=1, metavar="N", help="of the runtime (default 1)")
-    parser.add_argument(
-        "--batch", type=_count, default=1, metavar="N", help="samples per inference (default 1)"
-    )
-    parser.add_argument(
-        "--min-time", type=_seconds, default=1.0, metavar="S", help="timed per process (default 1 s)"
-    )
-    parser.add_argument(
-        "--max-time",
-        type=_seconds,
-        metavar="S",
-        help="cap per artifact over all processes, start-up included",
-    )
-    parser.add_argument("-o", "--output", metavar="DIR", help="folder for bench.json and the raw samples")
-    parser.add_argument(
-        "--allow-unavailable", action="store_true", help="exit 0 although a backend is not installed here"
-    )
-    _model_options(parser)
-    parser.set_defaults(run=_run_bench)
-
-
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = float("nan")
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of seconds")
-    return value
-
-
-def _count(text: str) -> int:
-    value = int(text) if text.isdecimal() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
-    return value
-
-
-def _shape(text: str) -> tuple[str, tuple[int, ...]]:
-    name, _, dims = text.rpartition("=")
-    if not name or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", dims):
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=1x128")
-    return name, tuple(int(d) for d in dims.split("x"))
 
 
 def _run_doctor(options: argparse.Namespace) -> tuple[dict[str, Any], str, int]:
@@ -297,9 +77,7 @@ def _run_verify(options: argparse.Namespace) -> tuple[dict[str, Any], str, int]:
         timeout_s=options.timeout,
         reporter=Reporter(True),
     )
-    outcome = answer["results"][0]["outcome"]
-    code = {"artifact": OK, "failed": FAILED_VERIFICATION}.get(outcome, CELL_FAILED)
-    return answer, export_table(answer["results"]), code
+    return answer, export_table(answer["results"]), _code(answer["results"], allow_unavailable=False)
 
 
 def _run_bench(options: argparse.Namespace) -> tuple[dict[str, Any], str, int]:
@@ -326,7 +104,21 @@ def _run_bench(options: argparse.Namespace) -> tuple[dict[str, Any], str, int]:
         timeout_s=options.timeout,
         reporter=Reporter(True),
     )
-    return answer, bench_table(answer["results"]), _code(answer["results"], options.allow_unavailable)
+    code = _code(answer["results"], options.allow_unavailable)
+    if "error" in answer:
+        code = CELL_FAILED
+        print(f"portcall: {answer['error']['message']}\n  {answer['error']['fix']}", file=sys.stderr)
+    return answer, bench_table(answer["results"]), code
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], tuple[dict[str, Any], str, int]]] = {
+    "doctor": _run_doctor,
+    "calibrate": _run_calibrate,
+    "export": _run_export,
+    "verify": _run_verify,
+    "bench": _run_bench,
+}
+"""Per command: a function to (what --json prints, the table, the exit code)."""
 
 
 def _code(results: Sequence[dict[str, Any]], allow_unavailable: bool) -> int:
@@ -397,7 +189,7 @@ def _dispatch(given: list[str], as_json: bool) -> int:
     parser = build_parser()
     try:
         options = parser.parse_args(given)
-    except _Usage as error:
+    except Usage as error:
         _print_error("usage", str(error), "", as_json)
         return BAD_INPUT
     if options.command is None:
@@ -408,9 +200,8 @@ def _dispatch(given: list[str], as_json: bool) -> int:
 
         _print(shtab.complete(parser, shell=options.shell))
         return OK
-    run: Callable[[argparse.Namespace], tuple[dict[str, Any], str, int]] = options.run
     try:
-        answer, text, code = run(options)
+        answer, text, code = COMMANDS[options.command](options)
     except BadInput as error:
         _print_error(error.kind, error.message, error.fix, as_json)
         return BAD_INPUT

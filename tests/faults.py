@@ -155,3 +155,15 @@ def start_child_and_hang(arguments: Arguments, progress: Progress) -> None:
     _start_child(arguments["marker"])
     progress(1, 1)
     time.sleep(FOREVER_S)
+
+
+def usage_reports(arguments: Arguments, progress: Progress) -> dict[str, str]:
+    """No fault of ours: tell what the runtimes that report usage would report with."""
+    import onnxruntime
+    import openvino.tools.ovc
+
+    assert onnxruntime.__version__
+    return {
+        "openvino": type(openvino.tools.ovc.telemetry).__module__,
+        "onnxruntime": os.environ.get("ORT_DISABLE_TELEMETRY", ""),
+    }

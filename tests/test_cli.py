@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 from portcall import __version__
-from portcall.cli import build_parser, main
+from portcall.arguments import build_parser
+from portcall.cli import main
 
 Run = Any  # the fixture of conftest.py; its type is not importable under importlib mode
 

@@ -258,3 +258,14 @@ def _others(mark: str, pid: int) -> dict[int, str]:
 
 def _parent_of(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def test_runtimes_report_nothing_home(
+    pool: WorkerPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = tmp_path / "tmp of the runtime"
+    own.mkdir()
+    monkeypatch.setenv("TMPDIR", str(own))
+    found = call(pool, "usage_reports")
+    assert found == {"openvino": "openvino.tools.ovc.telemetry_stub", "onnxruntime": "1"}
+    assert list(own.iterdir()) == []  # ONNX Runtime leaves .ses, its session id, where it reports

@@ -173,7 +173,7 @@ def deviation(expected_db: Sequence[float], found_db: Sequence[float]) -> Option
 
 
 def _check(names: _Names, session: Session, arguments: Mapping[str, Any], limit: Optional[int]) -> None:
-    """Compare outputs with the source's on the artifact's samples. Raises VerificationFailed where this target is off."""
+    """Compare outputs with the source's on the artifact's samples. Raises VerificationFailed where they are off."""
     inputs, reference = _inputs(arguments["inputs"])
     expected = arguments["expected_sqnr_db"][:limit]
     if not reference:

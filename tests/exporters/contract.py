@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import importlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -33,6 +34,9 @@ Array = np.ndarray[Any, Any]
 
 WORDS = ("fp32", "fp16", "bf16", "int8", "int8-dynamic", "int8-weights", "int4-weights", "int16x8")
 """Every precision word of portcall; a backend refuses those that it does not have."""
+
+REQUIRED = os.environ.get("PORTCALL_REQUIRED_BACKENDS", "").split()
+"""Backends whose absence is a failure and no skip: CI names them."""
 
 HEAVY = (
     "ai_edge_litert",
@@ -112,7 +116,10 @@ class Exports:
                 wanted.spec, [str(c) for c in cells], self._folder / model, data=wanted.data
             )
             self._results[model] = dict(zip(cells, answer["results"], strict=True))
-        return self._results[model][Cell(backend, precision)]
+        result = self._results[model][Cell(backend, precision)]
+        if result["outcome"] == "unavailable" and backend not in REQUIRED:
+            pytest.skip(f"{backend} is unavailable here: {result['reason']}; fix: {result['fix']}")
+        return result
 
     def artifact(self, model: str, backend: str, precision: str = "fp32") -> Path:
         """Return the folder of an artifact; fail with the reason where there is none."""

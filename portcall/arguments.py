@@ -1,0 +1,223 @@
+"""What the command line accepts: every command, option and help text."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from typing import Any, NoReturn
+
+from portcall import __version__
+
+MODEL_HELP = "model.onnx, model.pt2, or package.module:factory (a .pt2 or a factory runs code, in a worker)"
+DATA_HELP = "x.npz keyed by input name, a folder of .npy or of images (--preprocess), package.module:callable"
+
+
+class Usage(Exception):
+    """The command line itself cannot be read."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)  # "--js" must not pass for --json
+
+    def error(self, message: str) -> NoReturn:
+        raise Usage(f"{message}. See: {self.prog} --help")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole command line."""
+    parser = _Parser(
+        prog="portcall",
+        description="Export one model to every device format, prove that it computes the same, measure its cost.",
+        epilog="""examples:
+  portcall doctor
+  portcall export model.onnx --to onnxruntime:fp32,int8,openvino:int8 --data calibration.npz -o out
+  portcall bench out/onnxruntime-fp32 out/onnxruntime-int8
+
+exit codes: 0 all done; 1 an artifact failed verification; 2 bad input, nothing run; 4 a cell failed or is
+unavailable; 130 interrupted""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"portcall {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
+    _doctor(commands)
+    _calibrate(commands)
+    _export(commands)
+    _verify(commands)
+    _bench(commands)
+    completion = _command(
+        commands,
+        "completion",
+        "print a shell completion script",
+        "portcall completion bash > ~/.local/share/bash-completion/completions/portcall",
+    )
+    completion.add_argument("shell", choices=["bash", "zsh", "tcsh"])
+    return parser
+
+
+def _command(commands: Any, name: str, help_text: str, example: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=help_text,
+        description=help_text[0].upper() + help_text[1:] + ".",
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    if name != "completion":
+        parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+        parser.add_argument(
+            "--timeout", type=_seconds, default=1800.0, metavar="S", help="for each worker (default 1800 s)"
+        )
+    return parser
+
+
+def _model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--preprocess", metavar="NAME", help="named preprocessing for a folder of images")
+    parser.add_argument(
+        "--shape",
+        type=_shape,
+        action="append",
+        default=[],
+        metavar="NAME=1x128",
+        help="shape of an input with dynamic dimensions (repeatable)",
+    )
+
+
+def _doctor(commands: Any) -> None:
+    _command(
+        commands, "doctor", "show what can be exported and run here, with reason and fix", "portcall doctor"
+    )
+
+
+def _calibrate(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "calibrate",
+        "run calibration data through the model and write a calibration table",
+        "portcall calibrate model.onnx --data photos --preprocess imagenet -o model.pctable",
+    )
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument("--data", required=True, help=DATA_HELP)
+    parser.add_argument(
+        "--for",
+        dest="kinds",
+        action="append",
+        default=[],
+        metavar="BACKEND",
+        help="also tap the graph of this backend (tflite)",
+    )
+    parser.add_argument(
+        "-o", "--output", default="table.pctable", metavar="FILE", help="default: table.pctable"
+    )
+    _model_options(parser)
+
+
+def _export(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "export",
+        "export to backends and precisions, and verify each against the source",
+        "portcall export package.module:factory --to onnxruntime:fp32,int8,tflite:int8 --data calib.npz -o out",
+    )
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument(
+        "--to",
+        action="append",
+        required=True,
+        metavar="BACKEND:PRECISION[,...]",
+        help="repeatable; BACKEND:all means all its precisions",
+    )
+    parser.add_argument("--data", help=f"calibration data: {DATA_HELP}")
+    parser.add_argument("--table", metavar="FILE", help="ranges from this table instead of --data")
+    parser.add_argument("--method", default="minmax", help="how ranges are derived (default minmax)")
+    parser.add_argument(
+        "--eval",
+        dest="evaluation",
+        metavar="DATA",
+        help="data that parity is measured on; with labels, top-1 too",
+    )
+    parser.add_argument(
+        "-o", "--output", required=True, metavar="DIR", help="new or empty folder for the artifacts"
+    )
+    parser.add_argument(
+        "--allow-unavailable", action="store_true", help="exit 0 although a backend is not installed here"
+    )
+    _model_options(parser)
+
+
+def _verify(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "verify",
+        "check an artifact's files, and its outputs against the source's",
+        "portcall verify out/onnxruntime-int8 --eval test.npz",
+    )
+    parser.add_argument(
+        "artifact", metavar="ARTIFACT", help="a folder written by portcall export; nothing in it is executed"
+    )
+    parser.add_argument(
+        "--eval", dest="evaluation", metavar="DATA", help="run the source model too, on this data"
+    )
+    parser.add_argument("--preprocess", metavar="NAME", help="named preprocessing for a folder of images")
+
+
+def _bench(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "bench",
+        "measure latency and memory, a fresh process per run",
+        "portcall bench out/onnxruntime-int8 model.tflite --processes 10",
+    )
+    parser.add_argument(
+        "artifacts",
+        nargs="+",
+        metavar="ARTIFACT|FILE",
+        help="artifact folders, or bare .onnx, .tflite, .xml files",
+    )
+    parser.add_argument("--on", default="local", metavar="TARGET", help="default: local")
+    parser.add_argument("--data", help=f"inputs: {DATA_HELP}")
+    parser.add_argument(
+        "--processes", type=_count, default=5, metavar="N", help="fresh processes each (default 5)"
+    )
+    parser.add_argument("--threads", type=_count, default=1, metavar="N", help="of the runtime (default 1)")
+    parser.add_argument(
+        "--batch", type=_count, default=1, metavar="N", help="samples per inference (default 1)"
+    )
+    parser.add_argument(
+        "--min-time", type=_seconds, default=1.0, metavar="S", help="timed per process (default 1 s)"
+    )
+    parser.add_argument(
+        "--max-time",
+        type=_seconds,
+        metavar="S",
+        help="cap per artifact over all processes, start-up included",
+    )
+    parser.add_argument("-o", "--output", metavar="DIR", help="folder for bench.json and the raw samples")
+    parser.add_argument(
+        "--allow-unavailable", action="store_true", help="exit 0 although a backend is not installed here"
+    )
+    _model_options(parser)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of seconds")
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text) if text.isdecimal() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return value
+
+
+def _shape(text: str) -> tuple[str, tuple[int, ...]]:
+    name, _, dims = text.rpartition("=")
+    if not name or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", dims):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=1x128")
+    return name, tuple(int(d) for d in dims.split("x"))
