@@ -268,6 +268,7 @@ def _result(subject: _Subject, target: str, workload: Workload) -> dict[str, Any
     if subject.error is not None:
         result.update(
             outcome=outcome_of(subject.error).value,
+            error_kind=subject.error.kind,
             reason=subject.error.message,
             fix=subject.error.fix or None,
         )

@@ -206,10 +206,11 @@ class LoadedArtifact:
         """Return the outputs for one set of *inputs*. Raises BadInput for a wrong name or dtype."""
         arrays = {}
         names = [t.source for t in self.inputs]
-        if sorted(inputs) != sorted(names):
-            raise BadInput(
-                f"inputs {sorted(inputs)} given, the model has {names}", "Give each once, by its name"
-            )
+        missing, unknown = [n for n in names if n not in inputs], [n for n in inputs if n not in names]
+        if missing:
+            raise BadInput(f"no input {missing[0]!r} given", f"Give: {', '.join(names)}")
+        if unknown:
+            raise BadInput(f"the model has no input {unknown[0]!r}", f"Give: {', '.join(names)}")
         for tensor in self._artifact.inputs:
             array = np.asarray(inputs[tensor.source], order="C")  # ascontiguousarray would make a scalar 1-D
             if array.dtype != np.dtype(tensor.dtype):

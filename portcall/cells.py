@@ -86,9 +86,11 @@ class Cells:
         if backend.capabilities.precisions[cell.precision].calibrated:
             _once(self._sections, graph.kind, lambda: self._find_section(graph, cell.backend))
 
-    def run(self, cell: Cell, samples: Samples) -> dict[str, Any]:
-        """Export one prepared cell, verify it and move it into place; return its entry of ``results``."""
-        start = time.perf_counter()
+    def run(self, cell: Cell, samples: Samples, start: float) -> dict[str, Any]:
+        """Export one prepared cell, verify it and move it into place; return its entry of ``results``.
+
+        start: when work on this cell began (``time.perf_counter``).
+        """
         backend = self._backends[cell.backend]
         graph = self._graphs[backend.graph]
         assert isinstance(graph, Graph)
@@ -323,7 +325,7 @@ def _absolute(spec: str) -> str:
     return str(Path(spec).resolve()) if Path(spec).exists() else spec
 
 
-def failed_cell(cell: Cell, error: PortcallError) -> dict[str, Any]:
+def failed_cell(cell: Cell, error: PortcallError, seconds: float) -> dict[str, Any]:
     return {
         "backend": cell.backend,
         "precision": cell.precision,
@@ -333,7 +335,7 @@ def failed_cell(cell: Cell, error: PortcallError) -> dict[str, Any]:
         "fix": error.fix or None,
         "path": None,
         "size_bytes": None,
-        "seconds": None,
+        "seconds": round(seconds, 3),
         "parity": None,
         "eval": None,
     }

@@ -5,6 +5,7 @@ This is the parent's side: it plans, starts workers and moves finished folders i
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -53,6 +54,7 @@ def run_export(work: Workspace, plan: ExportPlan) -> list[dict[str, Any]]:
     samples: Samples | PortcallError | None = None
     results = []
     for cell in plan.cells:
+        start = time.perf_counter()
         try:
             if (error := errors[cell]) is not None:
                 raise error
@@ -60,11 +62,11 @@ def run_export(work: Workspace, plan: ExportPlan) -> list[dict[str, Any]]:
                 samples = _reference(work, source, evaluation)
             if isinstance(samples, PortcallError):
                 raise samples
-            results.append(cells.run(cell, samples))
+            results.append(cells.run(cell, samples, start))
         except BadInput:
             raise
         except PortcallError as error:
-            results.append(failed_cell(cell, error))
+            results.append(failed_cell(cell, error, time.perf_counter() - start))
     return results
 
 
