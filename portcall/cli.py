@@ -148,9 +148,8 @@ def _print_error(kind: str, message: str, fix: str, as_json: bool) -> None:
 def _interrupt(signum: int, frame: object) -> None:
     """End the running worker; its caller then raises, where it can tidy up. Raise at once where there is none."""
     worker = sys.modules.get("portcall.worker")
-    if (
-        worker is None or not getattr(worker, "interrupt_all", bool)()
-    ):  # bool: the module is only half imported
+    # bool() is False: the module may be half imported.
+    if worker is None or not getattr(worker, "interrupt_all", bool)():
         raise KeyboardInterrupt
 
 

@@ -23,6 +23,7 @@ class Reporter:
             return
         from tqdm import tqdm
 
+        tqdm.monitor_interval = 0  # no thread that wakes up beside a measurement
         with tqdm(
             desc=f"{label:28.28}",
             leave=False,

@@ -122,9 +122,8 @@ class WorkerPool:
                 return answer["value"]
             except CellFailed:
                 if log is not None and output.exists():
-                    with contextlib.suppress(
-                        OSError
-                    ):  # the disk may be why it failed: that reason must get through
+                    # The disk may be why it failed: that reason must get through.
+                    with contextlib.suppress(OSError):
                         log.parent.mkdir(parents=True, exist_ok=True)
                         log.write_bytes(_tail(output, 1 << 20))
                 raise
@@ -168,13 +167,15 @@ class WorkerPool:
             os.close(lifeline_read)
             os.close(progress_write)
             lifeline_read = progress_write = -1
-            return self._wait(process, progress_read, output, timeout_s, on_progress)
+            self._wait(process, progress_read, output, timeout_s, on_progress)
         finally:
             for fd in (lifeline_read, progress_write, lifeline_write, progress_read):
                 if fd >= 0:
                     os.close(fd)
             if process is not None:
+                # Before it is reaped: until then no other group can have its number.
                 _kill_group(process)
+        return process.returncode
 
     def _wait(
         self,
@@ -183,7 +184,8 @@ class WorkerPool:
         output: Path,
         timeout_s: float,
         on_progress: Progress | None,
-    ) -> int:
+    ) -> None:
+        """Sleep until the worker has ended. Raises CellFailed at the timeout, Interrupted at an interrupt."""
         deadline = time.monotonic() + timeout_s
         pending = b""
         with selectors.DefaultSelector() as selector, _ExitEvent(process) as exited:
@@ -194,9 +196,8 @@ class WorkerPool:
                 ready = {key.fd for key, _ in selector.select(max(0.0, deadline - time.monotonic()))}
                 if self._stop.read_fd in ready:
                     raise Interrupted
-                if (
-                    exited.fileno() not in ready and time.monotonic() >= deadline
-                ):  # however much progress it reports
+                # However much progress it reports:
+                if exited.fileno() not in ready and time.monotonic() >= deadline:
                     raise CellFailed(
                         f"no answer within {timeout_s:g} s: the worker was killed{_last_line(output)}",
                         "Allow more time with --timeout",
@@ -210,7 +211,7 @@ class WorkerPool:
                     if lines and on_progress is not None:
                         on_progress(*json.loads(lines[-1]))
                 if exited.fileno() in ready:
-                    return process.wait()
+                    return
 
 
 class _ExitEvent:
