@@ -1,6 +1,7 @@
 """What users get wrong: each command line ends with its exit code, a message, a fix, and nothing written.
 
 ``{lab}`` in a command line is a folder of spoilt files, ``{out}`` a folder that must not come into being.
+Long because it is one table of faults, and the folder that holds them.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The JSON that scripts rely on (DESIGN.md, "Command line"), and the tables that people read instead.
 
 Every command runs as users run it; keys, types and the consistency of the numbers are checked on what it printed.
+Long because it follows DESIGN.md key by key.
 """
 
 from __future__ import annotations

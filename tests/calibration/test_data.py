@@ -1,4 +1,7 @@
-"""DATA of all four kinds: what samples come out, what is refused in which words, and constant memory."""
+"""DATA of all four kinds: what samples come out, what is refused in which words, and constant memory.
+
+Long because every kind is held to the same list of faults.
+"""
 
 from __future__ import annotations
 

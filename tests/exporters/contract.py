@@ -1,7 +1,7 @@
 """What every backend must do, as an abstract test class: a subclass states the facts of one backend.
 
 The class holds the cases; ``test_contract.py`` has one subclass per backend. The exports are shared: see
-``conftest.py``.
+``conftest.py``. Long because the whole contract is one class.
 """
 
 from __future__ import annotations
