@@ -22,7 +22,7 @@ class Driver(Protocol):
         """Do one job of ``targets/agent/jobs.py`` there and return its answer."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # this file travels with agent/: Python 3.8 knows no slots
 class Target:
     """A device, described; *driver* makes what talks to it."""
 

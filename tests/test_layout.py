@@ -55,9 +55,29 @@ def test_git_keeps_it_as_a_symlink(folder: str) -> None:
     assert done.stdout.startswith("120000 "), f"portcall/{folder} is not committed as a symlink"
 
 
-@pytest.mark.parametrize("path", _modules("targets/agent", "exporters"), ids=_name)
+TRAVELS = [
+    ROOT / "portcall" / "__init__.py",  # the packages that hold what travels are imported with it
+    ROOT / "targets" / "__init__.py",
+    *_modules("targets/agent", "exporters"),
+]
+
+
+@pytest.mark.parametrize("path", TRAVELS, ids=_name)
 def test_what_travels_has_the_syntax_of_python_3_8(path: Path) -> None:
     ast.parse(path.read_text(), filename=str(path), feature_version=(3, 8))
+
+
+@pytest.mark.parametrize("path", TRAVELS, ids=_name)
+def test_what_travels_uses_nothing_that_python_3_8_lacks(path: Path) -> None:
+    """What parses may still fail there: the newer keywords and methods that our code is prone to."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call):
+            newer = {k.arg for k in node.keywords} & {"slots", "kw_only", "strict"}
+            assert not newer, f"{_name(path)}:{node.lineno}: {newer}"
+        if isinstance(node, ast.Attribute):
+            assert node.attr not in {"removeprefix", "removesuffix", "is_relative_to", "file_digest"}, (
+                f"{_name(path)}:{node.lineno}: {node.attr}"
+            )
 
 
 @pytest.mark.parametrize("path", _modules("exporters"), ids=_name)
