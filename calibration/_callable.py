@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
-import importlib
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from portcall.calibration._rows import LABELS, Array, Row, check_names, listed
+from portcall.calibration._rows import LABELS, Array, Row, check_names
 from portcall.targets.agent.contract import TensorSpec
 from portcall.targets.agent.errors import BadInput
+from portcall.user_code import load_callable
 
 _LABEL_KEYS = (LABELS, "label")
 
@@ -25,7 +22,7 @@ class CallableReader:
     def __init__(self, spec: str, inputs: Sequence[TensorSpec]) -> None:
         self._spec = spec
         self._inputs = inputs
-        self._function = _import_callable(spec)
+        self._function = load_callable(spec, "returns an iterable of dicts")
         self._count: int | None = None
         self._labelled: bool | None = None
 
@@ -64,7 +61,7 @@ class CallableReader:
                 item = next(items)
             except StopIteration:
                 return
-            except Exception as e:
+            except Exception as e:  # the user's code raises anything
                 raise BadInput(
                     f"{self._spec} raised {type(e).__name__} at sample {index}: {e}",
                     "It must return an iterable of dicts, one per sample, from input name to array",
@@ -90,7 +87,7 @@ class CallableReader:
     def _array(self, where: str, name: str, value: object) -> Array:
         try:
             array = np.array(value)  # a copy: the callable may reuse its buffer
-        except Exception as e:
+        except Exception as e:  # whatever the value's own conversion raises
             raise BadInput(
                 f"{name!r} in {where} is no array: {type(e).__name__}: {e}", "Yield NumPy arrays"
             ) from e
@@ -110,36 +107,3 @@ class CallableReader:
                 "Yield the index of the sample's class",
             )
         return int(array.item())
-
-
-def _import_callable(spec: str) -> Callable[[], Any]:
-    """Return what *spec* names. Runs the module; the current folder joins the end of the path."""
-    module_name, _, attribute = spec.partition(":")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.append(here)  # at the end: a user's folder named onnx/ must not shadow the real one
-    try:
-        value: Any = importlib.import_module(module_name)
-    except (Exception, SystemExit) as e:  # SystemExit: a script that runs on import
-        raise BadInput(
-            f"cannot import {module_name!r} for {spec}: {type(e).__name__}: {e}",
-            f"Run from the folder that holds it, or install it; the current folder is {here}",
-        ) from e
-    owner = module_name
-    for part in attribute.split("."):
-        if not hasattr(value, part):
-            public = [n for n in dir(value) if not n.startswith("_")]
-            near = difflib.get_close_matches(part, public, 1, 0.4)
-            raise BadInput(
-                f"{owner!r} has no {part!r}; it has: {listed(public)}",
-                f"Did you mean {near[0]!r}?" if near else "Define it there, or name another",
-            )
-        value = getattr(value, part)
-        owner = f"{owner}.{part}"
-    if not callable(value):
-        raise BadInput(
-            f"{spec} is a {type(value).__name__}, not callable",
-            "Name a function that takes no arguments and returns an iterable of dicts",
-        )
-    function: Callable[[], Any] = value
-    return function

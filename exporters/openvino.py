@@ -58,7 +58,9 @@ def export(graph: Graph, recipe: Recipe, ranges: Optional[Ranges], directory: Pa
     kept = {name for port in [*model.inputs, *model.outputs] for name in port.get_names()}
     lost = [t.name for t in [*inputs, *outputs] if t.name not in kept]
     if lost:
-        raise CellFailed(f"OpenVINO's converter renamed the tensors {lost}")
+        raise CellFailed(
+            f"OpenVINO's converter renamed the tensors {lost}", "Give them other names in the model"
+        )
     versions = {"openvino": str(ov.__version__)}
     return Exported("model.xml", ("model.xml", "model.bin"), inputs, outputs, versions, notes)
 
@@ -79,7 +81,10 @@ class OpenVinoSession(Session):
         self.compiled = ov.Core().compile_model(str(artifact.path), "CPU", config)
         precision = self.compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
         if precision != "f32":
-            raise CellFailed(f"OpenVINO took inference precision {precision}, f32 was asked for")
+            raise CellFailed(
+                f"OpenVINO took inference precision {precision}, f32 was asked for",
+                "Use an OpenVINO version that honours INFERENCE_PRECISION_HINT on this CPU",
+            )
         wanted = {t.name for t in [*artifact.inputs, *artifact.outputs]}
         self.inputs = tuple(_spec(port, wanted) for port in self.compiled.inputs)
         self.outputs = tuple(_spec(port, wanted) for port in self.compiled.outputs)

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import importlib
 import re
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from portcall.targets.agent.contract import Dim, Source, TensorSpec
-from portcall.targets.agent.errors import BadInput, PortcallError
+from portcall.targets.agent.errors import BadInput, UnavailableError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -94,44 +92,14 @@ def single_sample_shape(spec: TensorSpec) -> tuple[int, ...] | None:
     return None if any(isinstance(d, str) for d in shape) else tuple(int(d) for d in shape)
 
 
-@contextmanager
-def user_code(what: str) -> Iterator[None]:
-    """Let the user's code import from the current folder (last, so that nothing is shadowed) and blame it by name."""
-    here = str(Path.cwd())
-    added = here not in sys.path
-    if added:
-        sys.path.append(here)
+def require(module: str, what: str, extra: str) -> Any:
+    """Return an imported module that opening or running a source needs. Raises UnavailableError without it."""
     try:
-        yield
-    except PortcallError:
-        raise
-    except Exception as error:
-        raise BadInput(
-            f"{what} failed: {type(error).__name__}: {error}", "Fix that code; portcall only calls it"
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UnavailableError(
+            f"{what} needs {module}: {error}", f"pip install 'portcall[{extra}]'"
         ) from error
-    finally:
-        if added:
-            sys.path.remove(here)
-
-
-def load_callable(spec: str) -> Callable[..., Any]:
-    """Return the callable that ``package.module:name`` names. Raises BadInput where there is none."""
-    module_name, _, name = spec.partition(":")
-    with user_code(f"importing {module_name!r}"):
-        try:
-            module = importlib.import_module(module_name)
-        except ModuleNotFoundError as error:
-            if error.name and module_name.startswith(error.name):
-                raise BadInput(
-                    f"no module {error.name!r} for {spec!r}",
-                    "Install it, or run portcall where it can be imported",
-                ) from error
-            raise
-        found = getattr(module, name, None)
-    if not callable(found):
-        raise BadInput(f"{module_name!r} has no callable {name!r}", f"Define {name}() there")
-    result: Callable[..., Any] = found
-    return result
 
 
 def open_reference(source: Source) -> Reference:

@@ -6,18 +6,13 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from portcall.source import Reference, single_sample_shape
+from portcall.source import Reference, require, single_sample_shape
 from portcall.targets.agent.contract import Dim, Source, TensorSpec
-from portcall.targets.agent.errors import BadInput, UnavailableError, UnsupportedError
+from portcall.targets.agent.errors import BadInput, UnsupportedError
 
 
 def open_onnx(spec: str) -> Source:
-    try:
-        import onnx
-    except ImportError as error:
-        raise UnavailableError(
-            f"{spec} needs onnx, which is not installed", "pip install 'portcall[onnxruntime]'"
-        ) from error
+    onnx = require("onnx", spec, "onnxruntime")
     path = Path(spec).resolve()
     try:
         model = onnx.load(str(path), load_external_data=False)
@@ -108,12 +103,7 @@ def _hash_files(paths: list[Path]) -> str:
 
 def onnx_reference(source: Source) -> Reference:
     """Run an ONNX source in ONNX Runtime with every graph optimization off: its arithmetic as it was written."""
-    try:
-        import onnxruntime as ort
-    except ImportError as error:
-        raise UnavailableError(
-            f"the reference of {source.spec} needs onnxruntime", "pip install 'portcall[onnxruntime]'"
-        ) from error
+    ort = require("onnxruntime", f"the reference of {source.spec}", "onnxruntime")
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = ort.InferenceSession(str(source.path), options, providers=["CPUExecutionProvider"])

@@ -7,30 +7,25 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from portcall.source import Reference, load_callable, user_code
+from portcall.source import Reference, require
 from portcall.targets.agent.contract import Dim, Source, TensorSpec
-from portcall.targets.agent.errors import BadInput, UnavailableError, UnsupportedError
+from portcall.targets.agent.errors import BadInput, UnsupportedError
+from portcall.user_code import load_callable
 
 if TYPE_CHECKING:
     import torch
 
 
-def _import_torch(spec: str) -> Any:
-    try:
-        import torch
-    except ImportError as error:
-        raise UnavailableError(
-            f"{spec} needs torch, which is not installed", "pip install 'portcall[torch]'"
-        ) from error
-    return torch
-
-
 def _load_factory(spec: str) -> tuple[torch.nn.Module, tuple[Any, ...], dict[str, Any], Any]:
     """Call a factory: (module, examples) or (module, examples, dynamic_shapes) -> module, args, kwargs, dynamic."""
-    torch = _import_torch(spec)
-    factory = load_callable(spec)
-    with user_code(f"{spec}()"):
+    torch = require("torch", spec, "torch")
+    factory = load_callable(spec, "returns (module, example inputs[, dynamic shapes])")
+    try:
         made = factory()
+    except Exception as error:  # the user's code raises anything
+        raise BadInput(
+            f"{spec}() failed: {type(error).__name__}: {error}", "Fix that code; portcall only calls it"
+        ) from error
     if not isinstance(made, tuple) or len(made) not in (2, 3) or not isinstance(made[0], torch.nn.Module):
         raise BadInput(
             f"{spec}() returned {type(made).__name__}, not (module, example inputs[, dynamic shapes])",
@@ -48,7 +43,7 @@ def _load_factory(spec: str) -> tuple[torch.nn.Module, tuple[Any, ...], dict[str
 
 
 def open_torch(spec: str, kind: str, directory: Path) -> Source:
-    torch = _import_torch(spec)
+    torch = require("torch", spec, "torch")
     if kind == "torch":
         module, args, kwargs, dynamic = _load_factory(spec)
         program = _export_program(spec, module, args, kwargs, dynamic)

@@ -58,7 +58,7 @@ def _writing(directory: Path, fix: str) -> Iterator[None]:
         yield
     except PortcallError:
         raise
-    except Exception as error:
+    except Exception as error:  # each runtime has its own kind for a file that it cannot write
         full = shutil.disk_usage(directory).free < 1 << 16
         if not full and not isinstance(error, OSError):
             raise

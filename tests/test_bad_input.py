@@ -230,10 +230,10 @@ external data short | export {lab}/ext-short/m.onnx TO
     2 | 'w.bin' has 100 bytes; needs
     fix | Copy the data file again
 factory without module | export no_such_module:factory TO
-    2 | no module 'no_such_module'
-    fix | Install it; imported
+    2 | cannot import 'no_such_module'
+    fix | install it
 factory not in module | export tests.models:nothing TO
-    2 | 'tests.models' has no callable 'nothing'
+    2 | 'tests.models' has no 'nothing'
     fix | Define
 factory raises | export tests.models:raises TO
     2 | ValueError: the user's own mistake

@@ -349,7 +349,7 @@ class Backend:
     probe(role): "export" or "run"; never raises; runs in a worker, so importing the runtime is fine.
     lower(source, dir): once per model and graph kind, cached. export(graph, recipe, ranges, dir) writes the
     files of one artifact. load(artifact, workload): a context manager of a Session. census(artifact, shapes):
-    counts integer arithmetic (shapes: source input name -> concrete shape). finish: builds the rest on the device.
+    counts integer arithmetic (shapes: source input name -> concrete shape).
     example: the text of an ``example.py`` that needs only the runtime; @ENTRY@ stands for the file to load, @COMMON@
     for what defines ``here``, ``samples`` and ``show(name, value)``.
     """
@@ -363,4 +363,3 @@ class Backend:
     load: Callable[[Artifact, Workload], ContextManager[Session]]
     census: Callable[[Artifact, Mapping[str, Tuple[int, ...]]], Census]
     example: str
-    finish: Optional[Callable[[Artifact, Path], Path]] = None

@@ -28,6 +28,9 @@ from portcall.targets.agent.parity import ParityAccumulator
 
 Progress = Callable[[int, Optional[int]], None]
 
+REFERENCE = "reference/"
+"""Begins the key of an output of the source model in an npz of samples."""
+
 CHECK_MARGIN_DB = 3.0
 CHECK_ENOUGH_DB = 60.0
 """A target whose outputs are this close to the source's is right, even if the host was closer still."""
@@ -81,7 +84,8 @@ class _Names:
         missing = sorted(set(self.inputs.values()) - {t.name for t in session.inputs})
         if missing:
             raise CellFailed(
-                f"the loaded file has no input {missing[0]!r}: the manifest does not belong to it"
+                f"the loaded file has no input {missing[0]!r}: the manifest does not belong to it",
+                "Export it again",
             )
 
     def bind(self, session: Session, arrays: Mapping[str, np.ndarray]) -> None:
@@ -111,9 +115,7 @@ def verify(arguments: Mapping[str, Any], progress: Progress) -> Dict[str, Any]:
     with _session(artifact, Workload(threads=arguments["threads"])) as (session, _):
         names = _Names(artifact, session)
         for number in range(index["n"]):
-            with np.load(folder / f"{number:06d}.npz") as stored:
-                arrays = {k: stored[k] for k in stored.files}
-            reference = {k[10:]: v for k, v in arrays.items() if k.startswith("reference/")}
+            arrays, reference = _inputs(str(folder / f"{number:06d}.npz"))
             names.bind(session, arrays)
             session.infer()
             outputs = names.results(session)
@@ -148,11 +150,11 @@ def _scores(outputs: Mapping[str, np.ndarray], artifact: Artifact) -> np.ndarray
 
 
 def _inputs(path: str) -> Tuple[Dict[str, np.ndarray], Dict[str, np.ndarray]]:
-    """Return stacked inputs by source name, and stacked reference outputs (empty where there are none)."""
+    """Return an npz's inputs by source name, and its reference outputs (empty where there are none)."""
     with np.load(path) as stored:
         arrays = {k: stored[k] for k in stored.files}
-    reference = {k[10:]: v for k, v in arrays.items() if k.startswith("reference/")}
-    return {k: v for k, v in arrays.items() if not k.startswith("reference/")}, reference
+    reference = {k[len(REFERENCE) :]: v for k, v in arrays.items() if k.startswith(REFERENCE)}
+    return {k: v for k, v in arrays.items() if not k.startswith(REFERENCE)}, reference
 
 
 def _sqnr_db(reference: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]) -> float:

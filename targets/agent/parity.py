@@ -128,7 +128,8 @@ class _Output:
     def figures(self) -> Dict[str, Any]:
         if not all(math.isfinite(v) for v in (self._signal, self._noise, self._output, self._product)):
             raise VerificationFailed(
-                f"parity: the values of output {self.name!r} are too large to square in float64"
+                f"parity: the values of output {self.name!r} are too large to square in float64",
+                "Scale the output, or leave it out of the model",
             )
         if self._signal == 0 or self._worst is None:
             raise VerificationFailed(
@@ -170,7 +171,8 @@ def _checked(
     if ref.shape != out.shape:
         raise VerificationFailed(
             f"output {name!r} has shape {list(out.shape)}, "
-            f"the source model's {list(ref.shape)} (sample {sample})"
+            f"the source model's {list(ref.shape)} (sample {sample})",
+            "The export changed the shape: give a model with fixed shapes, or other samples",
         )
     identical = ref.dtype == out.dtype and ref.tobytes() == out.tobytes()
     pair: List[np.ndarray] = []
@@ -179,7 +181,8 @@ def _checked(
         bad = values.size - int(np.isfinite(values).sum())
         if bad:
             raise VerificationFailed(
-                f"{what} has {bad} of {values.size} values that are not finite (sample {sample})"
+                f"{what} has {bad} of {values.size} values that are not finite (sample {sample})",
+                "Look at that sample first; if only the export overflows, use a wider precision",
             )
         pair.append(values)
     return pair[0], pair[1], identical
@@ -187,9 +190,13 @@ def _checked(
 
 def _numbers(what: str, name: str, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
     if name not in arrays:
-        raise VerificationFailed(f"{what} is missing; there are: {', '.join(sorted(arrays)) or 'none'}")
+        raise VerificationFailed(
+            f"{what} is missing; there are: {', '.join(sorted(arrays)) or 'none'}", "Export again"
+        )
     array = np.asarray(arrays[name])
     # "V": NumPy's kind for bfloat16 and other types of ml_dtypes, which convert to float64.
     if array.dtype.kind not in "biufV" or array.dtype.names is not None:
-        raise VerificationFailed(f"{what} has dtype {array.dtype}: parity compares real numbers only")
+        raise VerificationFailed(
+            f"{what} has dtype {array.dtype}: parity compares real numbers only", "Return real numbers"
+        )
     return array
