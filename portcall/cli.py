@@ -9,12 +9,14 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from portcall.arguments import Usage, build_parser
 
 OK, FAILED_VERIFICATION, BAD_INPUT, CELL_FAILED, INTERRUPTED = 0, 1, 2, 4, 130
 PORTCALL_SCHEMA = 1
+INTERRUPTED_TEXT = "interrupted; nothing half-written was left behind"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -137,19 +139,34 @@ def _print(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def _error(kind: str, message: str, fix: str) -> dict[str, Any]:
+    return {"schema": PORTCALL_SCHEMA, "error": {"kind": kind, "message": message, "fix": fix or None}}
+
+
 def _print_error(kind: str, message: str, fix: str, as_json: bool) -> None:
     if as_json:
-        error = {"kind": kind, "message": message, "fix": fix or None}
-        _print(json.dumps({"schema": PORTCALL_SCHEMA, "error": error}, indent=2))
+        _print(json.dumps(_error(kind, message, fix), indent=2))
     else:
         print(f"portcall: {message}" + (f"\n  {fix}" if fix else ""), file=sys.stderr)
 
 
-def _interrupt(signum: int, frame: object) -> None:
-    """End the running worker; its caller then raises, where it can tidy up. Raise at once where there is none."""
+def _interrupt(as_json: bool, signum: int, frame: object) -> None:
+    """End the running worker; its caller then raises, where it can tidy up.
+
+    Before the first worker there is nothing to tidy up, and an exception would be lost where it falls into a callback
+    of the import system: end at once.
+    """
     worker = sys.modules.get("portcall.worker")
-    # bool() is False: the module may be half imported.
-    if worker is None or not getattr(worker, "interrupt_all", bool)():
+    if not getattr(worker, "was_opened", bool)():  # bool() is False: the module may be half imported
+        text = (
+            json.dumps(_error("interrupted", INTERRUPTED_TEXT, ""))
+            if as_json
+            else f"portcall: {INTERRUPTED_TEXT}"
+        )
+        os.write(1 if as_json else 2, f"{text}\n".encode())
+        os._exit(INTERRUPTED)
+    assert worker is not None
+    if not worker.interrupt_all():
         raise KeyboardInterrupt
 
 
@@ -159,7 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     as_json = "--json" in given
     try:
         for number in SIGNALS:
-            signal.signal(number, _interrupt)
+            signal.signal(number, partial(_interrupt, as_json))
         return _dispatch(given, as_json)
     except KeyboardInterrupt:
         for number in SIGNALS:
@@ -167,7 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # CPython ends with -2, not 130, if the interrupt fell into an exec of text (a dataclass being made, say),
         # caught or not; the next exec clears that note (_Py_UnhandledKeyboardInterrupt in pythonrun.c).
         exec("")
-        _print_error("interrupted", "interrupted; nothing half-written was left behind", "", as_json)
+        _print_error("interrupted", INTERRUPTED_TEXT, "", as_json)
         return INTERRUPTED
     except OSError as error:  # a full or read-only disk, where no cell can be blamed
         place = f" {error.filename}" if error.filename else ""

@@ -35,6 +35,12 @@ class Interrupted(KeyboardInterrupt):
 
 
 _open_pools: set[WorkerPool] = set()
+_opened = 0
+
+
+def was_opened() -> bool:
+    """Tell whether any pool was opened so far: before, there is nothing to tidy up."""
+    return _opened > 0
 
 
 def interrupt_all() -> bool:
@@ -69,7 +75,9 @@ class WorkerPool:
         self._stop = _Stop()
 
     def __enter__(self) -> WorkerPool:
+        global _opened
         _open_pools.add(self)
+        _opened += 1
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
