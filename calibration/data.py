@@ -166,15 +166,32 @@ def open_data(spec: str, inputs: Sequence[TensorSpec], *, preprocess: str | None
     return data
 
 
-def data_sha256(data: Data) -> tuple[str, int]:
-    """Return a hash of all samples in order, and their number, in one pass.
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What one pass over DATA finds: a hash of all samples, their number, the shapes of the first and the largest."""
 
-    It covers names, dtypes, shapes and bytes as the model gets them (little-endian), not labels or how the
-    data is stored: an .npz and a folder of the same samples have the same hash.
+    sha256: str
+    n: int
+    first: dict[str, list[int]]
+    largest: dict[str, list[int]]
+
+
+def survey(data: Data) -> Survey:
+    """Read all samples once.
+
+    The hash covers names, dtypes, shapes and bytes as the model gets them (little-endian), not labels or how the
+    data is stored: an .npz and a folder of the same samples have the same hash. n is 0 where there is no sample.
     """
     digest = hashlib.sha256()
-    count = 0
+    count = most = 0
+    first: dict[str, list[int]] = {}
+    largest: dict[str, list[int]] = {}
     for sample in data:
+        shapes = {name: list(array.shape) for name, array in sample.inputs.items()}
+        size = sum(array.size for array in sample.inputs.values())
+        first = first or shapes
+        if size > most or not largest:
+            most, largest = size, shapes
         for name in sorted(sample.inputs):
             array = sample.inputs[name]
             array = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<")).reshape(array.shape)
@@ -182,4 +199,4 @@ def data_sha256(data: Data) -> tuple[str, int]:
             digest.update(len(header).to_bytes(8, "little") + header)
             digest.update(array.reshape(-1).view(np.uint8).data)
         count += 1
-    return digest.hexdigest(), count
+    return Survey(digest.hexdigest(), count, first, largest)

@@ -1,113 +1,280 @@
-"""Taps: run a graph sample by sample and observe its tensors, in constant memory.
+"""Taps: run a graph over the calibration samples once and stream its tensors into histograms, in constant memory.
 
-Editing an ONNX graph and running it happen in two processes: importing onnx costs 120 MB. All functions here
-are called in workers.
+A tap is one function per kind of graph: plan -> passes, each with runners that take a sample and show its tensors.
+Editing an ONNX graph and running it happen in two processes: importing onnx costs 120 MB. The functions here are
+called in workers.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Mapping
+import itertools
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from portcall.calibration.data import open_data
+from portcall.calibration.data import Sample, open_data
+from portcall.calibration.histogram import Accumulator, Histogram, NonFinite
+from portcall.calibration.table import MEAN_UNIT, CalibrationTable, DataRecord, Ints, Section
 from portcall.targets.agent.contract import Graph
 from portcall.targets.agent.errors import BadInput, CellFailed
+from portcall.targets.agent.memory import peak_rss_bytes
 
-Observed = Iterator[tuple[str, "np.ndarray[Any, Any]"]]
-Tap = Callable[[dict[str, "np.ndarray[Any, Any]"]], Observed]
+Array = np.ndarray[Any, Any]
+Runner = Callable[[Mapping[str, Array]], Iterator[tuple[str, Array]]]
+"""Runs one sample and shows its tensors in the order of the graph; an array is valid until the next is asked for."""
+
+BLOCK = 64
+"""Samples between two moments at which the state may be saved."""
+SAVE_EVERY_S = 10.0
+MEAN_LIMIT = 2.0**14
+"""Means beyond are cut off: tensors with values above 10,000 stay in float and need none."""
 
 
-def plan_onnx(arguments: Mapping[str, Any], progress: object) -> dict[str, Any]:
-    """Write the graph with every tapped tensor as an output; return their names."""
-    import onnx
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """One run over all samples; *open_runners* gives as many runners as samples run at once."""
 
-    from portcall.exporters import _qdq
-
-    graph = Graph.from_json(arguments["graph"])
-    model = onnx.load(str(graph.path), load_external_data=False)
-    tensors = _qdq.tapped_tensors(graph.path)
-    present = {v.name for v in [*model.graph.output, *model.graph.input]}
-    for name in tensors:
-        if name not in present:
-            model.graph.output.append(onnx.helper.make_empty_tensor_value_info(name))
-    path = graph.path.with_name("tap.onnx")  # beside the graph: external data is found by relative path
-    part = path.with_name(f".tap-{os.getpid()}.onnx")
-    part.write_bytes(model.SerializeToString())
-    part.replace(path)
-    return {"path": str(path), "tensors": tensors}
+    tensors: Sequence[str]
+    open_runners: Callable[[], Sequence[Runner]]
 
 
 def observe(arguments: Mapping[str, Any], progress: Callable[[int, int | None], None]) -> dict[str, Any]:
-    """Run the calibration samples through a graph; return minimum and maximum of every tapped tensor.
+    """Run calibration samples through a graph and write what its tensors held to *output*, a table of one section.
 
-    Raises BadInput without samples, CellFailed where the network itself makes NaN or infinity (names the tensor).
+    arguments: graph; plan (of ``plan_onnx``, else None); data (a DataRecord); planned [start, stop); shard: the part
+    of it to run; step; threads; checkpoint and output (paths). Saves its state to *checkpoint* now and then, and goes
+    on from there where one is found. Raises BadInput without samples or where DATA ends early, CellFailed where the
+    network itself makes NaN or infinity (names tensor, node and sample).
     """
-    graph = Graph.from_json(arguments["graph"])
-    record = arguments["data"]
-    data = open_data(record["spec"], graph.source.inputs, preprocess=record["preprocess"])
-    view = data.with_slice(record["start"], record["stop"])
-    tap = _onnx_tap(arguments["plan"]) if graph.kind == "onnx" else _tflite_tap(graph)
-    low: dict[str, float] = {}
-    high: dict[str, float] = {}
-    count = 0
-    for sample in view:
-        for name, array in tap(sample.inputs):
-            least, most = float(array.min()), float(array.max())
-            if not (np.isfinite(least) and np.isfinite(most)):
-                raise CellFailed(
-                    f"tensor {name!r} holds NaN or infinity for calibration sample {sample.index}",
-                    "The float model itself overflows there: check that sample and the layer",
-                )
-            low[name] = min(low.get(name, least), least)
-            high[name] = max(high.get(name, most), most)
-        count += 1
-        progress(count, record["n"])
-    if not count:
-        raise BadInput(f"no calibration samples in {record['spec']!r}", "Give at least one sample")
-    return {"tensors": list(low), "minimum": list(low.values()), "maximum": list(high.values()), "n": count}
+    graph, record = Graph.from_json(arguments["graph"]), DataRecord(**arguments["data"])
+    first, last = arguments["shard"]
+    data = open_data(record.spec, graph.source.inputs, preprocess=record.preprocess)
+    tap = _open_tap(graph, arguments["plan"], arguments["threads"])
+    passes = tap.passes
+    state = _State(tap.axes, arguments["step"])
+    checkpoint = Path(arguments["checkpoint"]) if arguments["checkpoint"] else None
+    at_pass, position = state.resume(checkpoint, passes, first)
+    resumed = at_pass * (last - first) + position - first
+
+    def section(done: int) -> Section:
+        return Section(
+            kind=graph.kind,
+            graph_sha256=graph.sha256,
+            source_sha256=graph.source.sha256,
+            data=record,
+            planned=tuple(arguments["planned"]),
+            observed=((first, done),),
+            histograms=state.histograms(),
+            means=state.means(),
+            step=arguments["step"],
+        )
+
+    saved = time.monotonic()
+    for number, one in enumerate(passes[at_pass:], at_pass):
+        view = iter(data.with_slice(record.start + position, record.start + last))
+        with _Team(one, state, tap.first_bad) as team:
+            while True:
+                before = number * (last - first) + position - first
+                report = partial(_report, progress, before, (last - first) * len(passes))
+                if not (count := team.run(itertools.islice(view, BLOCK), report)):
+                    break
+                position += count
+                if checkpoint is not None and time.monotonic() - saved > SAVE_EVERY_S:
+                    CalibrationTable({}).with_section(section(position)).save(checkpoint)
+                    saved = time.monotonic()
+        if position != last:
+            raise BadInput(
+                f"DATA ended early: {position - first} of {last - first} samples came",
+                "Give data that does not change while it is read",
+            )
+        position = first
+    CalibrationTable({}).with_section(section(last)).save(Path(arguments["output"]))
+    return {"peak_rss_bytes": peak_rss_bytes(), "resumed_from": resumed, "passes": len(passes)}
 
 
-def _onnx_tap(plan: Mapping[str, Any]) -> Tap:
-    import onnxruntime as ort
+@dataclass(frozen=True, slots=True)
+class Tap:
+    """How a graph is observed.
 
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    session = ort.InferenceSession(plan["path"], options, providers=["CPUExecutionProvider"])
-    inputs = {v.name for v in session.get_inputs()}
-    wanted = set(plan["tensors"])
-    outputs = [v.name for v in session.get_outputs() if v.name in wanted]
+    axes: the channel axis of each tensor whose channel means are wanted. first_bad: for a sample that makes a tensor
+    NaN or infinite, the first such tensor in the order of the graph, and the node that made it, in words.
+    """
 
-    def run(sample: dict[str, np.ndarray[Any, Any]]) -> Observed:
-        yield from ((name, array) for name, array in sample.items() if name in wanted & inputs)
-        if outputs:  # an empty list would mean all outputs
-            yield from zip(outputs, session.run(outputs, sample), strict=True)
-
-    return run
+    passes: Sequence[Pass]
+    axes: Mapping[str, int]
+    first_bad: Callable[[Mapping[str, Array], str], str]
 
 
-def _tflite_tap(graph: Graph) -> Tap:
-    from ai_edge_litert.interpreter import Interpreter, OpResolverType
+def _report(progress: Callable[[int, int | None], None], before: int, total: int, count: int) -> None:
+    progress(before + count, total)
 
-    from portcall.exporters import _tflite
 
-    interpreter = Interpreter(
-        str(graph.path),
-        experimental_op_resolver_type=OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES,
-        experimental_preserve_all_tensors=True,
+class _State:
+    """The histograms and channel means so far; threads add to their own and join them at the end of a block."""
+
+    def __init__(self, axes: Mapping[str, int], step: int) -> None:
+        self.axes, self.step = axes, step
+        self._histograms: dict[str, Histogram] = {}
+        self._means: dict[str, Ints] = {}
+        self._open: list[_Observer] = []
+
+    def observer(self) -> _Observer:
+        self._open.append(_Observer(self.axes, self.step))
+        return self._open[-1]
+
+    def close_observers(self) -> None:
+        self._histograms, self._means = dict(self.histograms()), dict(self.means())
+        self._open = []
+
+    def histograms(self) -> Mapping[str, Histogram]:
+        found = dict(self._histograms)
+        for observer in self._open:
+            for name, accumulator in observer.accumulators.items():
+                histogram = accumulator.histogram()
+                found[name] = found[name].merged(histogram) if name in found else histogram
+        return found
+
+    def means(self) -> Mapping[str, Ints]:
+        found = dict(self._means)
+        for observer in self._open:
+            for name, sums in observer.means.items():
+                found[name] = found[name] + sums if name in found else sums
+        return found
+
+    def resume(self, checkpoint: Path | None, passes: Sequence[Pass], first: int) -> tuple[int, int]:
+        """Take over what an interrupted run saved; return the pass and the sample to go on with."""
+        if checkpoint is None or not checkpoint.is_file():
+            return 0, first
+        try:
+            section = next(iter(CalibrationTable.load(checkpoint).sections.values()))
+        except BadInput:  # cut off by a full disk, or of another version
+            return 0, first
+        self._histograms, self._means = dict(section.histograms), dict(section.means)
+        begun = [number for number, one in enumerate(passes) if one.tensors[0] in self._histograms]
+        return begun[-1], section.observed[0][1]
+
+
+class _Observer:
+    """What one thread has seen."""
+
+    def __init__(self, axes: Mapping[str, int], step: int) -> None:
+        self._axes, self._step = axes, step
+        self.accumulators: dict[str, Accumulator] = {}
+        self.means: dict[str, Ints] = {}
+
+    def add(self, name: str, array: Array) -> None:
+        if array.size == 0:
+            return
+        accumulator = self.accumulators.get(name) or Accumulator(self._step)
+        accumulator.add(array)
+        self.accumulators[name] = accumulator
+        if name in self._axes:
+            mean = np.clip(channel_mean(array, self._axes[name]), -MEAN_LIMIT, MEAN_LIMIT)
+            sums = np.rint(mean / MEAN_UNIT).astype(np.int64)
+            known = self.means.get(name)
+            self.means[name] = sums if known is None else known + sums
+
+
+def channel_mean(array: Array, axis: int) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Return the mean of every channel, float64[array.shape[axis]]: the same bits for the same array."""
+    axis %= array.ndim
+    channels = array.shape[axis]
+    parts = array.reshape(-1, channels, int(np.prod(array.shape[axis + 1 :], dtype=np.int64)))
+    # NumPy sums pairwise along a contiguous axis, in float32 accurately enough; else in sequence, in float64.
+    inner = parts.sum(axis=2, dtype=np.float32) if parts.shape[2] > 1 else parts[:, :, 0]
+    total = inner.sum(axis=0, dtype=np.float64)
+    return np.asarray(total / (parts.shape[0] * parts.shape[2]))
+
+
+class _Team:
+    """Threads that take one sample after the other from a common iterator; each has a runner and an observer."""
+
+    def __init__(
+        self, one: Pass, state: _State, first_bad: Callable[[Mapping[str, Array], str], str]
+    ) -> None:
+        self._members = [(runner, state.observer()) for runner in one.open_runners()]
+        self._state, self._first_bad = state, first_bad
+        self._executor = ThreadPoolExecutor(len(self._members))
+
+    def __enter__(self) -> _Team:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._executor.shutdown()
+        self._state.close_observers()
+
+    def run(self, samples: Iterator[Sample], report: Callable[[int], None]) -> int:
+        """Run *samples* to their end; return how many there were. The error of the earliest sample is raised."""
+        lock = threading.Lock()
+        errors: list[tuple[int, Exception]] = []
+        count = 0
+
+        def work(runner: Runner, observer: _Observer) -> None:
+            nonlocal count
+            while True:
+                with lock:
+                    try:
+                        sample = None if errors else next(samples, None)
+                    except Exception as error:  # DATA that cannot be read on; raised below, in the caller's thread
+                        errors.append((-1, error))
+                        return
+                    if sample is None:
+                        return
+                    count += 1
+                    report(count)
+                try:
+                    self._observe(sample, runner, observer)
+                except Exception as error:  # likewise
+                    with lock:
+                        errors.append((sample.index, error))
+
+        for future in [self._executor.submit(work, *member) for member in self._members]:
+            future.result()
+        if errors:
+            raise min(errors, key=lambda e: e[0])[1]
+        return count
+
+    def _observe(self, sample: Sample, runner: Runner, observer: _Observer) -> None:
+        name = ""
+        try:
+            for name, array in runner(sample.inputs):
+                observer.add(name, array)
+        except NonFinite as error:
+            raise CellFailed(
+                f"{self._first_bad(sample.inputs, name)} holds NaN or infinity for calibration sample {sample.index}",
+                "The float model itself overflows there: check that sample and the layer",
+            ) from error
+
+
+def _open_tap(graph: Graph, plan: Mapping[str, Any] | None, threads: int) -> Tap:
+    if graph.kind == "onnx":
+        from portcall.calibration import _tap_onnx
+
+        assert plan is not None
+        return _tap_onnx.open_tap(graph, plan)
+    if graph.kind == "tflite":
+        from portcall.calibration import _tap_tflite
+
+        return _tap_tflite.open_tap(graph, threads)
+    from portcall.calibration import _tap_torch
+
+    return _tap_torch.open_tap(graph, threads)
+
+
+def plan_onnx(arguments: Mapping[str, Any], progress: object) -> dict[str, Any]:
+    """Plan the tap of an ONNX graph in a process of its own: see ``_tap_onnx.plan``."""
+    from portcall.calibration import _tap_onnx
+
+    return _tap_onnx.plan(
+        Graph.from_json(arguments["graph"]),
+        {k: tuple(v) for k, v in arguments["shapes"].items()},
+        arguments["budget_bytes"],
+        arguments["threads"],
     )
-    interpreter.allocate_tensors()
-    runner = interpreter.get_signature_runner()
-    inputs = {name: detail["index"] for name, detail in runner.get_input_details().items()}
-    tensors = _tflite.tapped_tensors(graph.path)
-
-    def run(sample: dict[str, np.ndarray[Any, Any]]) -> Observed:
-        for name, index in inputs.items():
-            interpreter.set_tensor(index, sample[name])
-        interpreter.invoke()
-        for index, name in tensors.items():
-            yield name, interpreter.get_tensor(index)
-
-    return run

@@ -6,7 +6,7 @@ import hashlib
 import heapq
 import math
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Sequence, Set, Tuple
+from typing import Any, Dict, Iterable, List, Mapping, Set, Tuple
 
 from portcall.targets.agent.contract import BoundTensor, Census, Graph, Source
 from portcall.targets.agent.errors import UnsupportedError
@@ -109,7 +109,7 @@ def save(model: Any, path: Path) -> Tuple[str, ...]:
     """
     import onnx
 
-    _sort(model.graph)
+    sort(model.graph)
     model.ir_version = onnx.helper.find_min_ir_version_for(list(model.opset_import), ignore_unknown=True)
     files: Tuple[str, ...] = (path.name,)
     if not is_large(model):
@@ -121,7 +121,7 @@ def save(model: Any, path: Path) -> Tuple[str, ...]:
     return files
 
 
-def _sort(graph: Any) -> None:
+def sort(graph: Any) -> None:
     """Order the nodes so that each follows what it reads, what its branches and loop bodies capture included."""
     nodes = list(graph.node)
     made_by = {name: number for number, node in enumerate(nodes) for name in node.output if name}
@@ -189,7 +189,9 @@ def census(path: Path, shapes: Mapping[str, Tuple[int, ...]]) -> Census:
         n.op_type in ("QuantizeLinear", "DequantizeLinear", *INTEGER_OPS) for n in model.graph.node
     )
     compute = [n for n in model.graph.node if n.op_type in COMPUTE_OPS + INTEGER_OPS]
-    sizes = _observed_shapes(path, model, compute, shapes)
+    constants = {t.name: tuple(t.dims) for t in model.graph.initializer}
+    names = {name for n in compute for name in [*n.input, *n.output] if name} - set(constants)
+    sizes = {**constants, **observed_shapes(path, model, names, shapes)}
     total = integer = 0
     floats: List[str] = []
     for node in compute:
@@ -204,19 +206,18 @@ def census(path: Path, shapes: Mapping[str, Tuple[int, ...]]) -> Census:
     return Census(quantize, total, integer, tuple(floats), "Q/DQ and integer operators of the ONNX graph")
 
 
-def _observed_shapes(
-    path: Path, model: Any, nodes: Sequence[Any], shapes: Mapping[str, Tuple[int, ...]]
+def observed_shapes(
+    path: Path, model: Any, names: Iterable[str], shapes: Mapping[str, Tuple[int, ...]]
 ) -> Dict[str, Tuple[int, ...]]:
-    """Run *model* once on zeros and return the shapes of all inputs and outputs of *nodes*.
+    """Run *model*, which was loaded from *path* and is changed, once on zeros; return the shapes of tensors *names*.
 
-    Shape inference loses track in transformers; a Shape node on every tensor costs nothing and is exact.
+    shapes: of the inputs. Shape inference loses track in transformers; a Shape node on every tensor costs nothing and
+    is exact.
     """
     import numpy as np
     import onnx
     import onnxruntime as ort
 
-    sizes = {t.name: tuple(t.dims) for t in model.graph.initializer}
-    names = {name for n in nodes for name in [*n.input, *n.output] if name} - set(sizes)
     probes = {f"portcall_shape_{i}": name for i, name in enumerate(sorted(names))}
     for probe, name in probes.items():
         model.graph.node.append(onnx.helper.make_node("Shape", [name], [probe]))
@@ -231,8 +232,7 @@ def _observed_shapes(
     }
     feeds = {v.name: np.zeros(shapes[v.name], kinds[v.name]) for v in session.get_inputs()}
     found = session.run(list(probes), feeds)
-    sizes.update({name: tuple(int(d) for d in shape) for name, shape in zip(probes.values(), found)})
-    return sizes
+    return {name: tuple(int(d) for d in shape) for name, shape in zip(probes.values(), found)}
 
 
 def _macs(node: Any, shapes: Mapping[str, Tuple[int, ...]]) -> int:

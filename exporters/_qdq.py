@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
-from typing import Any, List, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from portcall.targets.agent.contract import Graph, Ranges
-from portcall.targets.agent.errors import CellFailed
+from portcall.targets.agent.errors import CellFailed, UnsupportedError
+
+if TYPE_CHECKING:
+    from portcall.calibration.weights import Scheme
+
+CONTROL_FLOW = ("If", "Loop", "Scan")
 
 
 def quantizable_ops() -> List[str]:
@@ -16,24 +22,61 @@ def quantizable_ops() -> List[str]:
     return sorted(set(QLinearOpsRegistry) | set(QDQRegistry))
 
 
+def check_no_control_flow(model: Any) -> None:
+    """Raise UnsupportedError where *model* has If, Loop or Scan nodes, whose bodies no tap sees."""
+    found = [f"{n.name} ({n.op_type})" for n in model.graph.node if n.op_type in CONTROL_FLOW]
+    if found:
+        shown = ", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
+        raise UnsupportedError(
+            f"a graph with control flow cannot be calibrated: {shown}",
+            "Export the model without branches and loops, or use a precision without calibration",
+        )
+
+
 def tapped_tensors(path: Path) -> List[str]:
-    """Return the float activations whose ranges an int8 export needs: inputs and outputs of quantizable operators."""
+    """Return the float activations whose ranges an int8 export needs: inputs and outputs of quantizable operators.
+
+    Left out is what a Relu or Clip alone reads (a convolution's raw output): the quantizer gives it the range of the
+    Relu's output and removes the Relu. An operator with symmetric ranges reads none of these either: it quantizes what
+    goes into convolutions, products and additions.
+    """
     import onnx
 
+    from portcall.exporters import _structure
+
     ops = set(quantizable_ops())
+    model = onnx.load(str(path), load_external_data=False)
+    graph = model.graph
+    types = [*_structure.tensor_types(model), *graph.input, *graph.output]
+    kinds = {v.name: v.type.tensor_type.elem_type for v in types}
+    names = (name for n in graph.node if n.op_type in ops for name in [*n.input, *n.output])
+    ignored = {t.name for t in graph.initializer} | set(_absorbed(graph))
+    floats = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16)
+    return list(dict.fromkeys(n for n in names if n and n not in ignored and kinds.get(n) in floats))
+
+
+def weighted_inputs(path: Path) -> Dict[str, int]:
+    """Return the tapped tensors that meet constant weights, and their channel axis: 1 before a Conv, else the last."""
+    import onnx
+
     graph = onnx.load(str(path), load_external_data=False).graph
     weights = {t.name for t in graph.initializer}
-    kinds = {v.name: v.type.tensor_type.elem_type for v in [*_value_info(path), *graph.input, *graph.output]}
-    names = (name for n in graph.node if n.op_type in ops for name in [*n.input, *n.output])
-    floats = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16)
-    return list(dict.fromkeys(n for n in names if n and n not in weights and kinds.get(n) in floats))
+    found: Dict[str, int] = {}
+    for node in graph.node:
+        if node.op_type in ("Conv", "MatMul", "Gemm") and node.input[1] in weights:
+            found.setdefault(node.input[0], 1 if node.op_type == "Conv" else -1)
+    return {name: found[name] for name in tapped_tensors(path) if name in found}
 
 
-def quantize(graph: Graph, ranges: Ranges, path: Path) -> Tuple[Tuple[str, ...], Tuple[str, ...]]:
-    """Write *graph* with Q/DQ pairs: uint8 asymmetric activations, int8 symmetric per-channel weights, int32 bias.
+def quantize(
+    graph: Graph, ranges: Ranges, path: Path, options: Optional[Mapping[str, Any]] = None
+) -> Tuple[Tuple[str, ...], Tuple[str, ...]]:
+    """Write *graph* with Q/DQ pairs: uint8 asymmetric activations, int8 weights (symmetric, per channel), int32 bias.
 
-    Return the names of the files written, and notes: which nodes stayed in floating point and why.
-    Raises CellFailed where *ranges* lacks a tensor.
+    options: "weights" ("channel" or "tensor"), "weight_symmetric", "bias_correction", "keep_float" (patterns): see
+    ``Recipe``. Return the names of the files written, and notes: which nodes stayed in floating point and why.
+    Raises CellFailed where *ranges* lacks a tensor, UnsupportedError for control flow and for weights that ONNX Runtime
+    does not compute with.
     """
     import numpy as np
     import onnx
@@ -41,8 +84,12 @@ def quantize(graph: Graph, ranges: Ranges, path: Path) -> Tuple[Tuple[str, ...],
     from onnxruntime.quantization.calibrate import CalibrationMethod, TensorsData
     from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 
-    from portcall.exporters import _onnx
+    from portcall.calibration.weights import scheme_of
+    from portcall.exporters import _correction, _onnx, _structure
 
+    options = options or {}
+    scheme = scheme_of(options)
+    check_computable(scheme)
     missing = [n for n in tapped_tensors(graph.path) if n not in ranges]
     if missing:
         raise CellFailed(
@@ -50,40 +97,126 @@ def quantize(graph: Graph, ranges: Ranges, path: Path) -> Tuple[Tuple[str, ...],
             "Calibrate again with this version of portcall",
         )
     model = onnx.load(str(graph.path))
-    model.graph.value_info.extend(_value_info(graph.path))
+    check_no_control_flow(model)
+    _check_float32(model)
+    _structure.raise_opset(model, 13 if scheme.per_channel else 10)  # DequantizeLinear has an axis since 13
+    given = {n: (np.float32(r.minimum), np.float32(r.maximum)) for n, r in ranges.items()}
+    absorbed = _absorbed(model.graph)
     beyond = {name for name, r in ranges.items() if r.is_beyond_int8()}
-    excluded = [n.name for n in model.graph.node if beyond & {*n.input, *n.output}]
-    data = {n: (np.float32(r.minimum), np.float32(r.maximum)) for n, r in ranges.items()}
+    for raw, read in reversed(list(absorbed.items())):
+        if read in given:
+            given[raw] = given[read]
+        if read in beyond:
+            beyond.add(raw)
+    sentinels = [n.name for n in model.graph.node if beyond & {*n.input, *n.output}]
+    kept = kept_in_float(model.graph, options)
+    excluded = {*sentinels, *kept}
+    notes = float_notes(sentinels) + kept_notes(kept)
+    if options.get("bias_correction"):
+
+        def rebuild(node: Any, weight: Any) -> Optional[Any]:
+            return None if node.name in excluded else rounded(node, weight, scheme)
+
+        notes += _correction.correct(model, ranges, weighted_inputs(graph.path), rebuild)
+    model.graph.value_info.extend(_structure.tensor_types(model))
     quantizer = QDQQuantizer(
         model,
-        per_channel=True,
+        per_channel=scheme.per_channel,
         reduce_range=False,
         weight_qType=QuantType.QInt8,
         activation_qType=QuantType.QUInt8,
-        tensors_range=TensorsData(CalibrationMethod.MinMax, data),
+        tensors_range=TensorsData(CalibrationMethod.MinMax, given),
         nodes_to_quantize=[],
-        nodes_to_exclude=excluded,
+        nodes_to_exclude=sorted(excluded),
         op_types_to_quantize=quantizable_ops(),
-        extra_options={"ActivationSymmetric": False, "WeightSymmetric": True},
+        extra_options={"ActivationSymmetric": False, "WeightSymmetric": scheme.symmetric},
     )
     quantizer.quantize_model()
     quantized = quantizer.model.model
     del quantized.graph.value_info[:]
-    return _onnx.save(quantized, path), float_notes(excluded)
+    return _onnx.save(quantized, path), notes
+
+
+def check_computable(scheme: Scheme) -> None:
+    """Raise UnsupportedError for weights that integer kernels cannot multiply with."""
+    if scheme.block:
+        raise UnsupportedError(
+            f"no integer kernel multiplies weights in groups of {scheme.block}",
+            'Use int8-weights or int4-weights (float activations), or "weights": "channel"',
+        )
+    if scheme.per_channel and not scheme.symmetric:
+        raise UnsupportedError(
+            "ONNX Runtime's integer kernels need one zero point for all channels",
+            'Use "weights": "tensor" with asymmetric weights, or symmetric ones per channel',
+        )
+
+
+def rounded(node: Any, weight: Any, scheme: Scheme) -> Any:
+    """Return what the int8 weights of *node* stand for: float32 of the weight's shape."""
+    from portcall.calibration import weights
+    from portcall.exporters._operands import channel_axis
+
+    axis = channel_axis(node) if scheme.per_channel else None
+    return weights.quantize(weight, 8, scheme.symmetric, axis).dequantize()
+
+
+def kept_in_float(graph: Any, options: Mapping[str, Any]) -> List[str]:
+    """Return the names of the nodes that ``keep_float`` selects.
+
+    A Relu or Clip that would be absorbed takes the node before it along: the two share one range.
+    """
+    from portcall.exporters import _selection
+
+    chosen = set(_selection.select([(n.name, n.op_type) for n in graph.node], options.get("keep_float", ())))
+    made_by = {name: node for node in graph.node for name in node.output}
+    absorbed = _absorbed(graph)
+    for node in reversed(graph.node):
+        raw = node.input[0] if node.input else ""
+        if node.name in chosen and absorbed.get(raw) == node.output[0] and raw in made_by:
+            chosen.add(made_by[raw].name)
+    return [n.name for n in graph.node if n.name in chosen]
 
 
 def float_notes(names: Sequence[str]) -> Tuple[str, ...]:
     """Return the note that names what stays in floating point because of its range."""
+    return named("left in float32, its values reach 10,000 and more (an attention mask?)", names)
+
+
+def kept_notes(names: Sequence[str]) -> Tuple[str, ...]:
+    """Return the note that names what stays in floating point because the recipe asks for it."""
+    return named("left in float32 as asked (keep_float)", names)
+
+
+def named(sentence: str, names: Sequence[str]) -> Tuple[str, ...]:
+    """Return *sentence* with the names of what it is about, or nothing where there are none."""
     if not names:
         return ()
     shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-    return (f"left in float32, its values reach 10,000 and more (an attention mask?): {shown}",)
+    return (f"{sentence}: {shown}",)
 
 
-def _value_info(path: Path) -> List[Any]:
-    """Return the inferred types of all tensors, from the graph without its weights (which may be above 2 GB)."""
+def _absorbed(graph: Any) -> Dict[str, str]:
+    """Return the tensors that one Relu or Clip alone reads -> that node's output, in the order of the graph.
+
+    Source: onnxruntime 1.31 ``QDQRemovableActivation``, ``try_replacing_upstream_output`` and
+    ``adjust_tensor_ranges``; a test exports with nothing but the ranges of ``tapped_tensors``.
+    """
+    ends = {v.name for v in [*graph.input, *graph.output]}
+    counts = Counter(name for node in graph.node for name in node.input)
+    return {
+        n.input[0]: n.output[0]
+        for n in graph.node
+        if n.op_type in ("Relu", "Clip") and counts[n.input[0]] == 1 and n.input[0] not in ends
+    }
+
+
+def _check_float32(model: Any) -> None:
+    """Raise UnsupportedError for a graph that computes in float16 (``_onnx.lower`` makes float32 of those)."""
     import onnx
 
-    return list(
-        onnx.shape_inference.infer_shapes(onnx.load(str(path), load_external_data=False)).graph.value_info
-    )
+    half = [t.name for t in model.graph.initializer if t.data_type == onnx.TensorProto.FLOAT16]
+    if half:
+        raise UnsupportedError(
+            f"{len(half)} weights of this graph are float16, first {half[0]!r}: their int8 scales would be too coarse",
+            "Give the float32 model",
+        )

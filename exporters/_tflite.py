@@ -1,15 +1,16 @@
-"""The flatbuffer side of the tflite backend: names, tap points, quantization from given ranges, integer census."""
+"""The flatbuffer side of the tflite backend: reading and writing, names, tap points, integer census."""
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Tuple
 
-from portcall.targets.agent.contract import Census, Ranges, Source, TensorSpec
-from portcall.targets.agent.errors import CellFailed, UnsupportedError
+from portcall.targets.agent.contract import Census, Source, TensorSpec
+from portcall.targets.agent.errors import UnsupportedError
 
 COMPUTE_OPS = ("CONV_2D", "DEPTHWISE_CONV_2D", "TRANSPOSE_CONV", "CONV_3D", "FULLY_CONNECTED", "BATCH_MATMUL")
+CHANNEL_AXES: Mapping[str, int] = {"CONV_2D": 0, "DEPTHWISE_CONV_2D": 3, "FULLY_CONNECTED": 0}
+"""Operators whose input is measured per channel -> the axis of their weight that output channels run along."""
 
 
 def _read(flatbuffer: bytes) -> Any:
@@ -108,69 +109,65 @@ def tapped_tensors(path: Path) -> Dict[int, str]:
     return {i: t.name.decode() for i, t in tensors.items()}
 
 
-def quantize(path: Path, precision: str, ranges: Optional[Ranges]) -> Tuple[bytes, Tuple[str, ...]]:
-    """Return the float flatbuffer at *path* quantized, and notes; float inputs and outputs stay float.
+def weighted_inputs(path: Path) -> Dict[str, int]:
+    """Return the tapped tensors that meet constant weights, and their channel axis: always the last."""
+    model = _read(path.read_bytes())
+    graph = model.subgraphs[0]
+    tapped = tapped_tensors(path)
+    found = {int(op.inputs[0]) for op, kind in operators(model) if weight_of(model, op, kind) is not None}
+    return {name: -1 for index, name in tapped.items() if index in found and len(graph.tensors[index].shape)}
 
-    Static recipes take *ranges* as they are: ai-edge-quantizer's own calibration is a moving average that clips.
+
+def operators(model: Any) -> List[Tuple[Any, str]]:
+    """Return the operators of the primary subgraph, each with its type's name."""
+    from ai_edge_litert.schema_py_generated import BuiltinOperator
+
+    names = {v: k for k, v in vars(BuiltinOperator).items() if isinstance(v, int)}
+    codes = [names[max(c.builtinCode, c.deprecatedBuiltinCode)] for c in model.operatorCodes]
+    return [(op, codes[op.opcodeIndex]) for op in model.subgraphs[0].operators]
+
+
+def operator_name(model: Any, op: Any) -> str:
+    """Return what an operator goes by: the name of its first output."""
+    return str(model.subgraphs[0].tensors[op.outputs[0]].name.decode())
+
+
+def weight_of(model: Any, op: Any, kind: str) -> Optional[Any]:
+    """Return the constant float32 weight of a product, or None.
+
+    Its shape: [outputs, *kernel, inputs / groups]; of a depthwise one [1, *kernel, outputs].
     """
+    return None if kind not in CHANNEL_AXES else constant(model, int(op.inputs[1]))
+
+
+def constant(model: Any, index: int) -> Optional[Any]:
+    """Return the value of tensor *index* of the primary subgraph, a view, or None where it is no float32 constant."""
     import numpy as np
-    from ai_edge_quantizer import qtyping, quantizer, recipe
-    from ai_edge_quantizer.algorithm_manager import AlgorithmName
+    from ai_edge_litert.schema_py_generated import TensorType
 
-    from portcall.exporters._qdq import float_notes
-
-    work = quantizer.Quantizer(str(path))
-    everything = qtyping.TFLOperationName.ALL_SUPPORTED
-    calibration: Optional[Dict[str, Any]] = None
-    notes: Tuple[str, ...] = ()
-    if precision == "fp16":
-        weights = qtyping.TensorQuantizationConfig(num_bits=16, dtype=qtyping.TensorDataType.FLOAT)
-        config = qtyping.OpQuantizationConfig(
-            weight_tensor_config=weights,
-            compute_precision=qtyping.ComputePrecision.FLOAT,
-            explicit_dequantize=True,
-        )
-        work.update_quantization_recipe(".*", everything, config, AlgorithmName.FLOAT_CASTING)
-    elif precision == "int8-dynamic":
-        work.load_quantization_recipe(recipe.dynamic_wi8_afp32())
-    else:
-        assert ranges is not None
-        work.load_quantization_recipe(
-            recipe.static_wi8_ai8() if precision == "int8" else recipe.static_wi8_ai16()
-        )
-        for end in (qtyping.TFLOperationName.INPUT, qtyping.TFLOperationName.OUTPUT):
-            work.update_quantization_recipe(".*", end, algorithm_key=AlgorithmName.NO_QUANTIZE)
-        graph = _read(path.read_bytes()).subgraphs[0]
-        excluded = _beyond_int8(graph, ranges)
-        for scope in excluded:
-            work.update_quantization_recipe(
-                re.escape(scope), everything, algorithm_key=AlgorithmName.NO_QUANTIZE
-            )
-        notes = float_notes([s.rstrip(";") for s in excluded])
-        calibration = {}
-        for index, name in tapped_tensors(path).items():
-            if name not in ranges:
-                raise CellFailed(
-                    f"the calibration table lacks tensor {name!r}", "Calibrate again: --for tflite"
-                )
-            shape = (1,) * len(graph.tensors[index].shape)
-            calibration[name] = {
-                "min": np.full(shape, ranges[name].minimum, np.float32),
-                "max": np.full(shape, ranges[name].maximum, np.float32),
-            }
-    result = work.quantize(calibration, enable_progress_report=False)
-    return _write(_read(bytes(result.quantized_model))), notes
+    if index < 0:
+        return None
+    tensor = model.subgraphs[0].tensors[index]
+    data = model.buffers[tensor.buffer].data
+    if data is None or not len(data) or tensor.type != TensorType.FLOAT32:
+        return None
+    return np.frombuffer(data, np.float32).reshape(tensor.shape)
 
 
-def _beyond_int8(graph: Any, ranges: Ranges) -> List[str]:
-    """Return the scopes (output names, each with a semicolon: the quantizer's) of operators to leave in float."""
-    beyond = {name for name, r in ranges.items() if r.is_beyond_int8()}
-    scopes = []
-    for op in graph.operators:
-        names = [graph.tensors[i].name.decode() for i in (*op.inputs, *op.outputs) if i >= 0]
-        if beyond.intersection(names):
-            scopes.append("".join(graph.tensors[i].name.decode() + ";" for i in op.outputs))
-    return scopes
+def set_constant(model: Any, buffer: int, values: Any) -> None:
+    """Write float32 *values* into buffer number *buffer*."""
+    import numpy as np
+
+    contiguous = np.ascontiguousarray(values, np.float32)
+    model.buffers[buffer].data = np.frombuffer(contiguous.tobytes(), np.uint8)
+
+
+def new_buffer(model: Any) -> int:
+    """Append an empty buffer; return its number."""
+    from ai_edge_litert.schema_py_generated import BufferT
+
+    model.buffers.append(BufferT())
+    return len(model.buffers) - 1
 
 
 def signature_shapes(path: Path) -> Dict[str, Tuple[int, ...]]:
@@ -198,8 +195,9 @@ def census(path: Path) -> Census:
             tensors = [graph.tensors[i] for i in op.inputs if i >= 0]
             output = graph.tensors[op.outputs[0]]
             if name in ("QUANTIZE", "DEQUANTIZE"):
-                # A DEQUANTIZE of float16 weights is storage, not integer arithmetic.
-                quantize += not any(t.type == TensorType.FLOAT16 for t in tensors)
+                # A DEQUANTIZE of a constant is storage, not integer arithmetic.
+                data = model.buffers[tensors[0].buffer].data
+                quantize += data is None or not len(data)
             if name not in COMPUTE_OPS:
                 continue
             weight = tensors[1]

@@ -1,8 +1,9 @@
-"""ONNX Runtime on the CPU: fp32, fp16 (storage), int8-dynamic and static int8 as Q/DQ."""
+"""ONNX Runtime on the CPU: fp32, fp16 (storage), int8-dynamic, static int8 as Q/DQ, int8 and int4 weights."""
 
 from __future__ import annotations
 
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Dict, Iterator, Mapping, Optional, Tuple, Union
 
@@ -48,15 +49,17 @@ def export(graph: Graph, recipe: Recipe, ranges: Optional[Ranges], directory: Pa
     import onnx
     import onnxruntime as ort
 
-    from portcall.exporters import _dynamic, _onnx, _qdq
+    from portcall.exporters import _dynamic, _onnx, _qdq, _weight_only
 
     path = directory / "model.onnx"
     notes: Tuple[str, ...] = ()
     if recipe.precision == "int8":
         assert ranges is not None
-        files, notes = _qdq.quantize(graph, ranges, path)
+        files, notes = _qdq.quantize(graph, ranges, path, recipe.options)
     elif recipe.precision == "int8-dynamic":
-        files = _dynamic.quantize(graph, path)
+        files, notes = _dynamic.quantize(graph, path, recipe.options, ranges)
+    elif recipe.precision in _weight_only.BITS:
+        files, notes = _weight_only.quantize(graph, recipe.precision, ranges, path, recipe.options)
     elif recipe.precision == "fp16":
         from onnxruntime.transformers.float16 import convert_float_to_float16
 
@@ -72,9 +75,11 @@ def export(graph: Graph, recipe: Recipe, ranges: Optional[Ranges], directory: Pa
 
 
 def census(artifact: Artifact, shapes: Mapping[str, Tuple[int, ...]]) -> Census:
-    from portcall.exporters import _onnx
+    from portcall.exporters import _onnx, _weight_only
 
-    return _onnx.census(artifact.path, shapes)
+    found = _onnx.census(artifact.path, shapes)
+    # A DequantizeLinear before a weight alone is storage, not integer arithmetic.
+    return replace(found, quantize_nodes=0) if artifact.precision in _weight_only.BITS else found
 
 
 class OnnxRuntimeSession(Session):
@@ -156,6 +161,13 @@ BACKEND = Backend(
             ),
             "int8": Precision(
                 "Q/DQ: uint8 asymmetric activations, int8 per-channel weights", calibrated=True, integer=True
+            ),
+            "int8-weights": Precision(
+                "storage: int8 weights per channel, float activations (the MatMulNBits kernel may round them)"
+            ),
+            "int4-weights": Precision(
+                "storage: int4 weights in groups of 32, int8 per channel in convolutions, float activations "
+                "(the MatMulNBits kernel may round them)"
             ),
         },
         suffixes=(".onnx",),

@@ -49,7 +49,7 @@ def export(graph: Graph, recipe: Recipe, ranges: Optional[Ranges], directory: Pa
     if recipe.precision == "int8":
         assert ranges is not None
         onnx_path = directory / "qdq.onnx"
-        _, notes = _qdq.quantize(graph, ranges, onnx_path)
+        _, notes = _qdq.quantize(graph, ranges, onnx_path, recipe.options)
     model = ov.convert_model(str(onnx_path))
     ov.save_model(model, str(directory / "model.xml"), compress_to_fp16=recipe.precision == "fp16")
     for file in directory.glob("qdq.onnx*"):

@@ -1,4 +1,4 @@
-"""LiteRT (TFLite): fp32, fp16 (storage), int8-dynamic, static int8 and int16x8, all from one float flatbuffer."""
+"""LiteRT (TFLite): fp32, fp16, int8-weights, int8-dynamic, int8 and int16x8, all from one float flatbuffer."""
 
 from __future__ import annotations
 
@@ -66,12 +66,12 @@ def lower(source: Source, directory: Path) -> Graph:
 def export(graph: Graph, recipe: Recipe, ranges: Optional[Ranges], directory: Path) -> Exported:
     from importlib.metadata import version
 
-    from portcall.exporters import _tflite
+    from portcall.exporters import _tflite, _tflite_quantize
 
     flatbuffer = graph.path.read_bytes()
     notes: Tuple[str, ...] = ()
     if recipe.precision != "fp32":
-        flatbuffer, notes = _tflite.quantize(graph.path, recipe.precision, ranges)
+        flatbuffer, notes = _tflite_quantize.quantize(graph.path, recipe.precision, ranges, recipe.options)
     path = directory / "model.tflite"
     path.write_bytes(flatbuffer)
     source, shapes = graph.source, _tflite.signature_shapes(path)
@@ -169,6 +169,7 @@ BACKEND = Backend(
             "int8-dynamic": Precision(
                 "hybrid: int8 weights, activations quantized at run time", integer=True
             ),
+            "int8-weights": Precision("storage: int8 weights per channel, float activations"),
             "int8": Precision(
                 "int8 asymmetric activations, int8 per-channel weights", calibrated=True, integer=True
             ),

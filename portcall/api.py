@@ -14,8 +14,16 @@ import numpy as np
 
 from portcall import artifact as artifacts
 from portcall.bench.run import run_bench
-from portcall.calibration.table import CalibrationTable
-from portcall.cells import ExportPlan
+from portcall.calibrating import (
+    MEMORY_BYTES,
+    CalibrationOptions,
+    CalibrationPlan,
+    run_calibrate,
+    run_merge,
+    run_ranges,
+    run_show,
+)
+from portcall.cells import ExportPlan, recipe_options
 from portcall.core import Artifact, BadInput, PortcallError, Workload, parse_cells
 from portcall.exporters import backend_names, get_backend
 from portcall.pipeline import run_export
@@ -23,15 +31,7 @@ from portcall.progress import Reporter
 from portcall.targets import get_target, target_names
 from portcall.targets.agent.contract import Session
 from portcall.verification import run_verify
-from portcall.workspace import (
-    DataArgument,
-    lower,
-    observe,
-    open_source,
-    open_workspace,
-    read_data,
-    with_data_shapes,
-)
+from portcall.workspace import DataArgument, open_workspace
 
 SCHEMA = 1
 TIMEOUT_S = 1800.0
@@ -52,6 +52,11 @@ def export(
     evaluation: str | Path | None = None,
     table: str | Path | None = None,
     method: str = "minmax",
+    keep_float: Sequence[str] = (),
+    weights: str | None = None,
+    symmetric_weights: bool = True,
+    bias_correction: bool = True,
+    equalize: bool = False,
     preprocess: str | None = None,
     shapes: Shapes | None = None,
     timeout_s: float = TIMEOUT_S,
@@ -59,6 +64,8 @@ def export(
 ) -> dict[str, Any]:
     """Export *model* to every ``BACKEND:PRECISION`` in *to*, verify each, and leave artifacts in *output*.
 
+    keep_float: layers left in float, by name, glob or "type:OPERATOR". weights: what shares a scale ("channel", "tensor",
+    "group32", ...). bias_correction, equalize: see the documentation of calibration.
     Returns {"schema", "results": [...]}; a cell that could not be exported holds its reason and fix. Raises
     BadInput where nothing could be run at all.
     """
@@ -71,6 +78,8 @@ def export(
         evaluation=_data(evaluation, preprocess),
         table=None if table is None else Path(table),
         method=method,
+        options=recipe_options(keep_float, weights, symmetric_weights, bias_correction),
+        equalize=equalize,
         shapes=dict(shapes or {}),
     )
     with open_workspace(reporter or Reporter(False), timeout_s) as work:
@@ -136,7 +145,12 @@ def calibrate(
     data: str | Path,
     output: str | Path,
     *,
+    auto: bool = False,
     kinds: Sequence[str] = (),
+    memory_bytes: int = MEMORY_BYTES,
+    shard: tuple[int, int] = (1, 1),
+    subsample: int = 1,
+    equalize: bool = False,
     preprocess: str | None = None,
     shapes: Shapes | None = None,
     timeout_s: float = TIMEOUT_S,
@@ -144,29 +158,56 @@ def calibrate(
 ) -> dict[str, Any]:
     """Run *data* through the model's canonical ONNX graph, and through the graph of each backend in *kinds*.
 
-    Writes the table to *output*; returns {"schema", "table", "sections": [{"kind", "tensors", "n"}]}.
+    kinds may hold "torch": the exported program. auto: choose a method per tensor on held-back samples. memory_bytes:
+    for watched tensors. shard (i, n): only the i-th of n parts. subsample k: count every k-th value.
+    Writes the table to *output*; returns {"schema", "table", "sections": [{"kind", "tensors", "n", ...}]}.
     """
-    backends = {get_backend(name).graph: name for name in ["onnxruntime", *kinds]}
-    output = Path(output)
-    if not output.absolute().parent.is_dir():
-        raise BadInput(f"no folder {output.absolute().parent} for the table", "Create it, or name another -o")
-    if output.is_dir():
-        raise BadInput(f"-o {output} is a folder", f"Name a file in it: -o {output / 'table.pctable'}")
+    plan = CalibrationPlan(
+        model=str(model),
+        data=DataArgument(str(data), preprocess),
+        output=Path(output),
+        kinds=kinds,
+        shapes=dict(shapes or {}),
+        options=CalibrationOptions(auto, subsample, shard, memory_bytes, equalize),
+    )
     with open_workspace(reporter or Reporter(False), timeout_s) as work:
-        for name in backends.values():
-            work.probe(name, "export")
-        source = open_source(work, str(model), dict(shapes or {}))
-        record, found = read_data(work, source, DataArgument(str(data), preprocess), "--data")
-        if record.n == 1:
-            work.reporter.warn("DATA has one sample: ranges from one sample rarely hold for others")
-        source = with_data_shapes(source, found, dict(shapes or {}))
-        table = CalibrationTable({})
-        for name in backends.values():
-            graph = lower(work, source, get_backend(name))
-            table = table.with_section(observe(work, graph, name, record))
-        table.save(output)
-    sections = [{"kind": s.kind, "tensors": len(s.tensors), "n": s.data.n} for s in table.sections.values()]
+        _, sections = run_calibrate(work, plan)
+        warnings = work.reporter.warnings
+    return {"schema": SCHEMA, "table": str(output), "sections": sections, "warnings": warnings}
+
+
+def merge(parts: Sequence[str | Path], output: str | Path) -> dict[str, Any]:
+    """Add up the shards of one calibration; the table is the same, bit for bit, as that of one run."""
+    table = run_merge([Path(p) for p in parts], Path(output))
+    sections = [{"kind": s.kind, "tensors": len(s.histograms), "n": s.n} for s in table.sections.values()]
     return {"schema": SCHEMA, "table": str(output), "sections": sections}
+
+
+def ranges(
+    table: str | Path,
+    *,
+    method: str = "minmax",
+    kind: str = "onnx",
+    symmetric: bool = False,
+    write: str | None = None,
+    output: str | Path | None = None,
+) -> dict[str, Any]:
+    """Derive the range of every tensor from a table; the model is not needed.
+
+    write: "qnn" (quantization overrides) or "tensorrt-cache" (implies symmetric) puts them into *output*.
+    Returns {"schema", "ranges": [{"tensor", "method", "minimum", "maximum", "scale", "zero_point"}]}.
+    """
+    entries = run_ranges(Path(table), method, kind, symmetric, write, None if output is None else Path(output))
+    return {"schema": SCHEMA, "table": str(table), "kind": kind, "method": method, "ranges": entries}
+
+
+def show(table: str | Path, tensor: str) -> dict[str, Any]:
+    """Return the histogram of one tensor of a table, and its ranges by every method.
+
+    Returns {"schema", "kind", "tensor", "n", "minimum", "maximum", "counts", "edges", "ranges": {method:
+    {"asymmetric" | "symmetric": [minimum, maximum]}}, "chosen": {scheme: method}}. Raises BadInput for an unknown tensor.
+    """
+    return {"schema": SCHEMA, "table": str(table), **run_show(Path(table), tensor)}
 
 
 def doctor(*, timeout_s: float = 120.0) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 from portcall import __version__
 
 MODEL_HELP = "model.onnx, model.pt2, or package.module:factory (a .pt2 or a factory runs code, in a worker)"
+METHOD_HELP = "minmax (default), percentile[:99.99], entropy, mse, or auto: chosen per tensor on held-back samples"
 DATA_HELP = "x.npz keyed by input name, a folder of .npy or of images (--preprocess), package.module:callable"
 
 
@@ -42,6 +43,8 @@ unavailable; 130 interrupted""",
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
     _doctor(commands)
     _calibrate(commands)
+    _merge(commands)
+    _ranges(commands)
     _export(commands)
     _verify(commands)
     _bench(commands)
@@ -93,23 +96,85 @@ def _calibrate(commands: Any) -> None:
     parser = _command(
         commands,
         "calibrate",
-        "run calibration data through the model and write a calibration table",
-        "portcall calibrate model.onnx --data photos --preprocess imagenet -o model.pctable",
+        "run calibration data through the model once and write a calibration table",
+        "portcall calibrate model.onnx --data photos --preprocess imagenet --auto -o model.pctable",
     )
-    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument("--data", required=True, help=DATA_HELP)
+    parser.add_argument(
+        "model", metavar="MODEL", help=f"{MODEL_HELP}; with --show a finished .pctable will do"
+    )
+    parser.add_argument("--data", help=DATA_HELP)
+    parser.add_argument(
+        "--auto",
+        action="store_true",
+        help="also choose a method per tensor, by the output error on samples held back (the last 10 %%)",
+    )
     parser.add_argument(
         "--for",
         dest="kinds",
         action="append",
         default=[],
         metavar="BACKEND",
-        help="also tap the graph of this backend (tflite)",
+        help="also tap the graph of this backend (tflite), or torch: the exported program",
     )
+    parser.add_argument("--show", metavar="TENSOR", help="plot its histogram with the ranges of all methods")
+    parser.add_argument(
+        "--memory",
+        type=_count,
+        default=256,
+        metavar="MB",
+        help="for watched tensors; more of them take several passes (default 256)",
+    )
+    parser.add_argument(
+        "--shard",
+        type=_shard,
+        default=(1, 1),
+        metavar="I/N",
+        help="observe this part of the samples only; add up the parts with portcall merge",
+    )
+    parser.add_argument(
+        "--subsample", type=_count, default=1, metavar="K", help="count every K-th value only (extremes stay exact)"
+    )
+    _equalize_option(parser)
     parser.add_argument(
         "-o", "--output", default="table.pctable", metavar="FILE", help="default: table.pctable"
     )
     _model_options(parser)
+
+
+def _equalize_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--equalize", action="store_true", help="cross-layer equalization of the weights first (depthwise networks)"
+    )
+
+
+def _merge(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "merge",
+        "add up the shards of one calibration table",
+        "portcall merge part1.pctable part2.pctable -o model.pctable",
+    )
+    parser.add_argument("parts", nargs="+", metavar="TABLE", help="written by portcall calibrate --shard I/N")
+    parser.add_argument("-o", "--output", default="table.pctable", metavar="FILE", help="default: table.pctable")
+
+
+def _ranges(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "ranges",
+        "derive ranges from a calibration table, for people or for other tools",
+        "portcall ranges model.pctable --method mse --symmetric --write tensorrt-cache -o calibration.cache",
+    )
+    parser.add_argument("table", metavar="TABLE", help="written by portcall calibrate")
+    parser.add_argument("--method", default="minmax", help=METHOD_HELP)
+    parser.add_argument("--kind", default="onnx", help="of the graph: onnx (default), tflite or torch")
+    parser.add_argument("--symmetric", action="store_true", help="ranges with minimum == -maximum")
+    parser.add_argument(
+        "--write",
+        choices=["qnn", "tensorrt-cache"],
+        help="QNN's quantization overrides (JSON), or the calibration cache of TensorRT 8 to 10",
+    )
+    parser.add_argument("-o", "--output", metavar="FILE", help="of --write")
 
 
 def _export(commands: Any) -> None:
@@ -129,7 +194,8 @@ def _export(commands: Any) -> None:
     )
     parser.add_argument("--data", help=f"calibration data: {DATA_HELP}")
     parser.add_argument("--table", metavar="FILE", help="ranges from this table instead of --data")
-    parser.add_argument("--method", default="minmax", help="how ranges are derived (default minmax)")
+    parser.add_argument("--method", default="minmax", help=METHOD_HELP)
+    _recipe_options(parser)
     parser.add_argument(
         "--eval",
         dest="evaluation",
@@ -143,6 +209,31 @@ def _export(commands: Any) -> None:
         "--allow-unavailable", action="store_true", help="exit 0 although a backend is not installed here"
     )
     _model_options(parser)
+
+
+def _recipe_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--keep-float",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="leave layers in float: a node's name, a glob over names, or type:OPERATOR (repeatable)",
+    )
+    parser.add_argument(
+        "--weights",
+        choices=["channel", "tensor", "group32", "group64", "group128"],
+        help="what shares a scale (default: channel; int4-weights: group32)",
+    )
+    parser.add_argument(
+        "--asymmetric-weights", action="store_true", help="weights with a zero point of their own"
+    )
+    parser.add_argument(
+        "--no-bias-correction",
+        dest="bias_correction",
+        action="store_false",
+        help="leave biases as they are; by default they make up for the mean error of rounded weights",
+    )
+    _equalize_option(parser)
 
 
 def _verify(commands: Any) -> None:
@@ -214,6 +305,13 @@ def _count(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
     return value
+
+
+def _shard(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", text)
+    if found is None or int(found[1]) > int(found[2]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I from 1 to N")
+    return int(found[1]), int(found[2])
 
 
 def _shape(text: str) -> tuple[str, tuple[int, ...]]:

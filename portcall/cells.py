@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import portcall
 from portcall import artifact as artifacts
+from portcall.calibrating import CalibrationOptions, observe
 from portcall.calibration.table import CalibrationTable, DataRecord, Section, table_sha256
 from portcall.core import (
     Artifact,
@@ -24,13 +25,15 @@ from portcall.core import (
     Graph,
     Outcome,
     PortcallError,
+    Precision,
     Ranges,
     Recipe,
     Source,
     VerificationFailed,
     outcome_of,
 )
-from portcall.workspace import DataArgument, Workspace, lower, observe, read_data
+from portcall.exporters import get_backend
+from portcall.workspace import DataArgument, Workspace, lower, read_data
 
 T = TypeVar("T")
 
@@ -46,7 +49,24 @@ class ExportPlan:
     evaluation: DataArgument | None = None
     table: Path | None = None
     method: str = "minmax"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Of the recipe: see ``Recipe``."""
+    equalize: bool = False
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+def recipe_options(
+    keep_float: Sequence[str], weights: str | None, symmetric_weights: bool, bias_correction: bool
+) -> dict[str, Any]:
+    """Return the options of a recipe: see ``Recipe``."""
+    options: dict[str, Any] = {"bias_correction": bias_correction}
+    if keep_float:
+        options["keep_float"] = list(keep_float)
+    if weights is not None:
+        options["weights"] = weights
+    if not symmetric_weights:
+        options["weight_symmetric"] = False
+    return options
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +102,12 @@ class Cells:
         if error is not None:
             raise error
         backend = self._backends[cell.backend]
-        graph = _once(self._graphs, backend.graph, lambda: lower(self._work, self._source, backend))
+        graph = _once(self._graphs, backend.graph, lambda: self._lower(backend))
         if backend.capabilities.precisions[cell.precision].calibrated:
             _once(self._sections, graph.kind, lambda: self._find_section(graph, cell.backend))
+
+    def _lower(self, backend: Backend) -> Graph:
+        return lower(self._work, self._source, backend, self._plan.equalize)
 
     def run(self, cell: Cell, samples: Samples, start: float) -> dict[str, Any]:
         """Export one prepared cell, verify it and move it into place; return its entry of ``results``.
@@ -95,9 +118,9 @@ class Cells:
         graph = self._graphs[backend.graph]
         assert isinstance(graph, Graph)
         found = self._sections.get(graph.kind)
-        calibrated = backend.capabilities.precisions[cell.precision].calibrated
-        section = found if calibrated and isinstance(found, Section) else None
-        recipe = Recipe(cell.precision, self._plan.method)
+        precision = backend.capabilities.precisions[cell.precision]
+        section = found if precision.calibrated and isinstance(found, Section) else None
+        recipe = Recipe(cell.precision, self._plan.method, self._plan.options)
         staging = _staging(self._plan.output)
         try:
             exported = self._work.call(
@@ -106,7 +129,7 @@ class Cells:
                     "backend": cell.backend,
                     "graph": graph.to_json(),
                     "recipe": recipe.to_json(),
-                    "ranges": None if section is None else _plain(section.ranges(recipe.method)),
+                    "ranges": None if section is None else _plain(_ranges(section, recipe, precision)),
                     "directory": str(staging),
                 },
                 f"export {cell}",
@@ -151,11 +174,24 @@ class Cells:
         record = self._calibration
         if self._table is not None:
             if graph.sha256 in self._table.sections:
-                return self._table.sections[graph.sha256]
+                section = self._table.sections[graph.sha256]
+                if not section.is_complete:
+                    raise BadInput(
+                        f"{self._plan.table} holds {section.n} of {section.planned[1]} samples: it is a shard",
+                        "Add up all shards: portcall merge PART... -o TABLE",
+                    )
+                return section
             if record is None:
                 record = self._recorded(graph)
         assert record is not None
-        return observe(self._work, graph, backend, record)
+        options = CalibrationOptions(auto=self._plan.method == "auto", equalize=self._plan.equalize)
+        onnx = None
+        if options.auto and graph.kind != "onnx":  # methods are chosen on the ONNX graph
+            source = get_backend("onnxruntime")
+            self._work.probe(source.name, "export")
+            other = _once(self._graphs, source.graph, lambda: self._lower(source))
+            onnx = _once(self._sections, other.kind, lambda: self._find_section(other, source.name))
+        return observe(self._work, graph, backend, record, options, onnx)[0]
 
     def _recorded(self, graph: Graph) -> DataRecord:
         """Return the DATA that the table was made from, if it is still there and unchanged."""
@@ -184,12 +220,12 @@ class Cells:
         return now
 
     def _verify(self, artifact: Artifact, samples: Samples) -> dict[str, Any]:
-        self._work.probe(artifact.backend, "run")
         job = {
             "artifact": artifact.to_json(),
             "samples": str(samples.folder),
             "head": samples.packed_n,
-            "threads": os.cpu_count() or 1,
+            "threads": self._work.threads,
+            "interpret": self._work.must_interpret(self._backends[artifact.backend]),
         }
         label = f"verify {artifact.backend}:{artifact.precision}"
         found: dict[str, Any] = self._work.call(
@@ -223,7 +259,7 @@ class Cells:
                 "table_sha256": None if self._plan.table is None else table_sha256(self._plan.table),
                 "method": recipe.method,
                 "data_sha256": section.data.sha256,
-                "n": section.data.n,
+                "n": section.n,
             }
         data = self._plan.data or self._plan.evaluation
         return {
@@ -317,8 +353,12 @@ def _staging(output: Path) -> Path:
         ) from error
 
 
-def _plain(ranges: Ranges) -> dict[str, list[float]]:
-    return {name: [r.minimum, r.maximum] for name, r in ranges.items()}
+def _ranges(section: Section, recipe: Recipe, precision: Precision) -> Ranges:
+    return section.ranges(recipe.method, precision.symmetric, precision.bits)
+
+
+def _plain(ranges: Ranges) -> dict[str, Any]:
+    return {name: r.to_json() for name, r in ranges.items()}
 
 
 def _absolute(spec: str) -> str:

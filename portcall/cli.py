@@ -30,20 +30,65 @@ def _run_doctor(options: argparse.Namespace) -> tuple[dict[str, Any], str, int]:
 
 def _run_calibrate(options: argparse.Namespace) -> tuple[dict[str, Any], str, int]:
     from portcall import api
+    from portcall.calibration.report import calibration_lines
     from portcall.progress import Reporter
 
+    if options.data is None:
+        if options.show is None:
+            raise Usage("the following arguments are required: --data. See: portcall calibrate --help")
+        return _shown(options.model, options.show)
     answer = api.calibrate(
         options.model,
         options.data,
         options.output,
+        auto=options.auto,
         kinds=options.kinds,
+        memory_bytes=options.memory << 20,
+        shard=options.shard,
+        subsample=options.subsample,
+        equalize=options.equalize,
         preprocess=options.preprocess,
         shapes=dict(options.shape),
         timeout_s=options.timeout,
         reporter=Reporter(True),
     )
+    text = "\n".join([f"wrote {answer['table']}", *calibration_lines(answer["sections"])])
+    if options.show is not None:
+        answer["show"], plot, _ = _shown(options.output, options.show)
+        text += "\n\n" + plot
+    return answer, text, OK
+
+
+def _shown(table: str, tensor: str) -> tuple[dict[str, Any], str, int]:
+    from portcall import api
+    from portcall.calibration.report import histogram_plot
+
+    answer = api.show(table, tensor)
+    return answer, histogram_plot(answer, os.get_terminal_size().columns if sys.stdout.isatty() else 100), OK
+
+
+def _run_merge(options: argparse.Namespace) -> tuple[dict[str, Any], str, int]:
+    from portcall import api
+
+    answer = api.merge(options.parts, options.output)
     lines = [f"{s['kind']}: {s['tensors']} tensors, n={s['n']}" for s in answer["sections"]]
     return answer, "\n".join([f"wrote {answer['table']}", *lines]), OK
+
+
+def _run_ranges(options: argparse.Namespace) -> tuple[dict[str, Any], str, int]:
+    from portcall import api
+    from portcall.calibration.report import ranges_table
+
+    answer = api.ranges(
+        options.table,
+        method=options.method,
+        kind=options.kind,
+        symmetric=options.symmetric,
+        write=options.write,
+        output=options.output,
+    )
+    text = ranges_table(answer["ranges"]) if options.output is None else f"wrote {options.output}"
+    return answer, text, OK
 
 
 def _run_export(options: argparse.Namespace) -> tuple[dict[str, Any], str, int]:
@@ -59,6 +104,11 @@ def _run_export(options: argparse.Namespace) -> tuple[dict[str, Any], str, int]:
         evaluation=options.evaluation,
         table=options.table,
         method=options.method,
+        keep_float=options.keep_float,
+        weights=options.weights,
+        symmetric_weights=not options.asymmetric_weights,
+        bias_correction=options.bias_correction,
+        equalize=options.equalize,
         preprocess=options.preprocess,
         shapes=dict(options.shape),
         timeout_s=options.timeout,
@@ -116,6 +166,8 @@ def _run_bench(options: argparse.Namespace) -> tuple[dict[str, Any], str, int]:
 COMMANDS: dict[str, Callable[[argparse.Namespace], tuple[dict[str, Any], str, int]]] = {
     "doctor": _run_doctor,
     "calibrate": _run_calibrate,
+    "merge": _run_merge,
+    "ranges": _run_ranges,
     "export": _run_export,
     "verify": _run_verify,
     "bench": _run_bench,

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from portcall import artifact as artifacts
-from portcall.calibration.table import CalibrationTable, DataRecord, check_method
+from portcall.calibration.methods import check_method
+from portcall.calibration.table import CalibrationTable, DataRecord
 from portcall.cells import Cells, ExportPlan, Samples, failed_cell
 from portcall.core import BadInput, PortcallError, Source
 from portcall.exporters import get_backend

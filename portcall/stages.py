@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from portcall.calibration.data import data_sha256, open_data
+from portcall.calibration.data import open_data, survey
 from portcall.source import open_reference
 from portcall.source_torch import flat_examples
 from portcall.targets.agent.contract import Artifact, Graph, Range, Recipe, Source, TensorSpec
@@ -24,18 +24,18 @@ Arrays = dict[str, "np.ndarray[Any, Any]"]
 
 
 def check_data(arguments: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
-    """Read all of DATA once: its hash, its number of samples, and the shapes of the first one."""
+    """Read all of DATA once: its hash, its number of samples, and the shapes of the first and the largest one."""
     inputs = [TensorSpec.from_json(t) for t in arguments["inputs"]]
     data = open_data(arguments["spec"], inputs, preprocess=arguments["preprocess"])
     data = data.with_slice(arguments["start"], arguments["stop"])
-    digest, n = data_sha256(data)
-    if n == 0:
+    found = survey(data)
+    if found.n == 0:
         raise BadInput(f"no samples in {arguments['spec']!r}", "Give at least one sample")
-    first = next(iter(data)).inputs
     return {
-        "sha256": digest,
-        "n": n,
-        "shapes": {k: list(v.shape) for k, v in first.items()},
+        "sha256": found.sha256,
+        "n": found.n,
+        "shapes": found.first,
+        "largest": found.largest,
         "labels": data.has_labels(),
     }
 
@@ -47,6 +47,10 @@ def lower(arguments: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
     directory = Path(arguments["directory"])
     with _writing(directory, "Free space there, or set PORTCALL_CACHE to another folder"):
         graph = get_backend(arguments["backend"]).lower(Source.from_json(arguments["source"]), directory)
+        if arguments["equalize"]:
+            from portcall.exporters import _equalize
+
+            graph = _equalize.equalize(graph, directory)
         (directory / "graph.json").write_text(json.dumps(graph.to_json()))
     return graph.to_json()
 
@@ -152,7 +156,7 @@ def export(arguments: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
     recipe = Recipe(**arguments["recipe"])
     ranges = arguments["ranges"]
     if ranges is not None:
-        ranges = {name: Range(low, high) for name, (low, high) in ranges.items()}
+        ranges = {name: Range.from_json(entry) for name, entry in ranges.items()}
     directory = Path(arguments["directory"])
     with _writing(directory, "Free space there or choose another -o"):
         exported = backend.export(graph, recipe, ranges, directory)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -43,7 +42,7 @@ def run_verify(work: Workspace, folder: Path, evaluation: DataArgument | None) -
     }
     try:
         artifact, _ = artifacts.open_artifact(folder)
-        work.probe(artifact.backend, "run")
+        interpret = work.must_interpret(get_backend(artifact.backend))
         if evaluation is None:
             samples = _own_samples(work, artifact, manifest)
         else:
@@ -53,7 +52,8 @@ def run_verify(work: Workspace, folder: Path, evaluation: DataArgument | None) -
             "artifact": artifact.to_json(),
             "samples": str(samples),
             "head": len(expected),
-            "threads": os.cpu_count() or 1,
+            "threads": work.threads,
+            "interpret": interpret,
         }
         label = f"verify {artifact.backend}:{artifact.precision}"
         found = work.call("portcall.targets.agent.jobs:verify", job, label, artifact.backend)

@@ -11,11 +11,12 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import portcall
 import portcall.exporters
-from portcall.calibration.table import DataRecord, Section
+from portcall.calibration.table import DataRecord
 from portcall.core import (
     Backend,
     BadInput,
@@ -41,6 +42,10 @@ class DataArgument:
     preprocess: str | None = None
 
 
+def _usable_cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @dataclass(slots=True)
 class Workspace:
     """What the steps of one command share: the workers, a temporary folder, and how progress is shown."""
@@ -50,6 +55,7 @@ class Workspace:
     reporter: Reporter
     settings: Settings
     logs: Path | None = None
+    threads: int = field(default_factory=_usable_cpus)
     probed: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
 
     def call(
@@ -77,6 +83,20 @@ class Workspace:
         found = self.probed[key]
         if not found["available"]:
             raise UnavailableError(found["reason"], found["fix"])
+
+
+    def must_interpret(self, backend: Backend) -> bool:
+        """Tell whether artifacts of *backend* are verified by its interpreter, since its runtime is not at hand.
+
+        Raises UnavailableError where it has none either.
+        """
+        try:
+            self.probe(backend.name, "run")
+        except UnavailableError:
+            if backend.interpret is None:
+                raise
+            return True
+        return False
 
 
 @contextlib.contextmanager
@@ -113,7 +133,7 @@ def read_data(
         "stop": stop,
     }
     found = work.call("portcall.stages:check_data", job, f"read {what}")
-    return DataRecord(spec, data.preprocess, start, stop, found["sha256"], found["n"]), found
+    return DataRecord(spec, data.preprocess, start, stop, found["sha256"], found["n"], found["largest"]), found
 
 
 def with_data_shapes(
@@ -124,8 +144,11 @@ def with_data_shapes(
     return replace(source, example_shapes={**source.example_shapes, **shapes, **given})
 
 
-def lower(work: Workspace, source: Source, backend: Backend) -> Graph:
-    """Return the graph of *source* for *backend*'s kind, from the cache where an earlier command left it."""
+def lower(work: Workspace, source: Source, backend: Backend, equalize: bool = False) -> Graph:
+    """Return the graph of *source* for *backend*'s kind, from the cache where an earlier command left it.
+
+    equalize: after cross-layer equalization.
+    """
     if source.format not in backend.capabilities.source_formats:
         formats = ", ".join(backend.capabilities.source_formats)
         raise UnsupportedError(
@@ -142,7 +165,8 @@ def lower(work: Workspace, source: Source, backend: Backend) -> Graph:
         "names": [t.name for t in (*source.inputs, *source.outputs)],
         "kind": backend.graph,
         "shapes": {k: list(v) for k, v in source.example_shapes.items()},
-        "code": _exporters_sha256(),
+        "equalize": equalize,
+        "code": code_sha256(portcall.exporters),
         "versions": {**work.probed[(backend.name, "export")], "portcall": portcall.__version__},
     }
     key = hashlib.sha256(json.dumps(key_parts, sort_keys=True).encode()).hexdigest()
@@ -157,7 +181,12 @@ def lower(work: Workspace, source: Source, backend: Backend) -> Graph:
                 "Free space there, or set PORTCALL_CACHE to a folder that can be written",
             ) from error
         try:
-            job = {"backend": backend.name, "source": source.to_json(), "directory": str(staging)}
+            job = {
+                "backend": backend.name,
+                "source": source.to_json(),
+                "equalize": equalize,
+                "directory": str(staging),
+            }
             work.call("portcall.stages:lower", job, f"lower to {backend.graph}", backend.name)
             with contextlib.suppress(OSError):  # another command was first: its result is as good
                 staging.replace(place)
@@ -170,9 +199,9 @@ def lower(work: Workspace, source: Source, backend: Backend) -> Graph:
     return replace(graph, path=place / graph.path.name, source=source)
 
 
-def _exporters_sha256() -> str:
-    """Return a hash of the code that lowers, so that a changed exporter does not meet an old graph."""
-    files = sorted(Path(portcall.exporters.__file__).parent.glob("*.py"))
+def code_sha256(package: ModuleType) -> str:
+    """Return a hash of a package's modules, so that changed code does not meet what older code left in the cache."""
+    files = sorted(Path(str(package.__file__)).parent.glob("*.py"))
     return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
 
 
@@ -186,22 +215,6 @@ def _prune(folder: Path, keep: Path) -> None:
         total += sum(f.stat().st_size for f in entry.iterdir())
         if total > CACHE_LIMIT_BYTES and entry != keep:
             shutil.rmtree(entry, ignore_errors=True)
-
-
-def observe(work: Workspace, graph: Graph, backend: str, record: DataRecord) -> Section:
-    """Run the calibration samples through *graph* and return the section of a table."""
-    plan = None
-    if graph.kind == "onnx":
-        plan = work.call(
-            "portcall.calibration.taps:plan_onnx", {"graph": graph.to_json()}, "plan taps", backend
-        )
-    job = {"graph": graph.to_json(), "plan": plan, "data": record.to_json()}
-    seen = work.call("portcall.calibration.taps:observe", job, f"calibrate {graph.kind}", backend)
-    import numpy as np
-
-    low, high = np.array(seen["minimum"], np.float64), np.array(seen["maximum"], np.float64)
-    tensors = tuple(seen["tensors"])
-    return Section(graph.kind, graph.sha256, graph.source.sha256, record, tensors, low, high)
 
 
 def run_reference(work: Workspace, source: Source, kind: str, n: int, record: DataRecord | None) -> Path:

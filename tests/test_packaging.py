@@ -25,6 +25,9 @@ import portcall
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("bench", "calibration", "exporters", "targets")
+COMPILER = (sysconfig.get_config_var("CC") or "cc").split()[0]
+COMPILES = shutil.which(COMPILER) is not None and not sysconfig.get_config_var("Py_GIL_DISABLED")
+KERNEL = "portcall/calibration/_histogram.abi3.so"
 
 
 def _project_files() -> list[str]:
@@ -35,16 +38,27 @@ def _project_files() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The wheel and the sdist, built without network from a copy of what git would hold."""
+def copied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what git would hold."""
     copy = tmp_path_factory.mktemp("copy")
     for name in _project_files():
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, copy / name, follow_symlinks=False)
-    out = tmp_path_factory.mktemp("dist")
-    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(copy)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return copy
+
+
+def _build(source: Path, out: Path, *options: str, **environment: str) -> None:
+    """Build what *options* say (else wheel and sdist) from *source* into *out*, without network."""
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), *options, str(source)]
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def built(copied: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The wheel and the sdist; the wheel is built from what the sdist holds."""
+    out = tmp_path_factory.mktemp("dist")
+    _build(copied, out)
     [wheel], [sdist] = out.glob("*.whl"), out.glob("*.tar.gz")
     return wheel, sdist
 
@@ -75,11 +89,13 @@ def test_the_wheel_holds_exactly_the_package(built: tuple[Path, Path]) -> None:
     expected = {"portcall/py.typed"}
     for name in _project_files():
         top = name.split("/")[0]
-        if name.endswith(".py") and top in ("portcall", *FOLDERS):
+        if name.endswith((".py", ".pyi")) and top in ("portcall", *FOLDERS):
             expected.add(name if top == "portcall" else f"portcall/{name}")
     info = f"portcall-{portcall.__version__}.dist-info"
     files = ("METADATA", "RECORD", "WHEEL", "entry_points.txt", "top_level.txt", "licenses/LICENSE")
     expected |= {f"{info}/{name}" for name in files}
+    if COMPILES:
+        expected.add(KERNEL)
     with zipfile.ZipFile(built[0]) as archive:
         assert set(archive.namelist()) == expected
         assert archive.read(f"{info}/top_level.txt").decode().split() == ["portcall"]
@@ -97,9 +113,30 @@ def test_the_sdist_holds_the_tests_too(built: tuple[Path, Path]) -> None:
         members = {m.name.partition("/")[2]: m for m in archive.getmembers()}
     wanted = [f for f in _project_files() if f.startswith("tests/")]
     wanted += ["README.md", "LICENSE", "pyproject.toml", "portcall/py.typed", "portcall/bench/run.py"]
+    wanted += ["setup.py", "portcall/calibration/_histogram.c"]
     assert not [f for f in wanted if f not in members]
-    assert not [name for name in members if name.endswith(".pyc") or name.startswith(".venv")]
+    assert not [name for name in members if name.endswith((".pyc", ".so")) or name.startswith(".venv")]
     assert all(m.isfile() or m.isdir() for m in members.values()), "a link would not survive on Windows"
+
+
+def test_one_wheel_serves_every_python(built: tuple[Path, Path]) -> None:
+    """The compiled module keeps to the stable ABI of the oldest Python that the project supports."""
+    if not COMPILES:
+        pytest.skip(f"no {COMPILER} here, or a free-threaded Python: nothing is compiled")
+    oldest = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
+    major, minor = oldest.removeprefix(">=").split(".")
+    assert built[0].name.startswith(f"portcall-{portcall.__version__}-cp{major}{minor}-abi3-")
+    source = (ROOT / "calibration" / "_histogram.c").read_text()
+    assert f"#define Py_LIMITED_API 0x{int(major):02x}{int(minor):02x}0000 " in source
+
+
+def test_without_a_compiler_the_wheel_is_built_all_the_same(copied: Path, tmp_path: Path) -> None:
+    _build(copied, tmp_path, "--wheel", CC="no-such-compiler")
+    [wheel] = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    assert "portcall/calibration/histogram.py" in names
+    assert not [name for name in names if name.endswith(".so")]
 
 
 def test_the_license_is_the_full_text() -> None:
@@ -115,6 +152,13 @@ def test_the_installed_wheel_is_typed_and_is_what_is_imported(installed: Path, t
     assert package.is_relative_to(installed.parent)
     assert (package / "py.typed").is_file()
     assert not (package / "bench").is_symlink()
+
+
+def test_the_installed_wheel_counts_by_its_own_kernel(installed: Path, tmp_path: Path) -> None:
+    code = "import os; os.environ.pop('PORTCALL_NO_EXTENSION', None); "
+    code += "from portcall.calibration.histogram import is_compiled; print(is_compiled())"
+    done = _run(installed / "python", "-c", code, cwd=tmp_path)
+    assert done.stdout == f"{COMPILES}\n", done.stdout + done.stderr
 
 
 def test_the_installed_commands_work(installed: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable, ContextManager, Dict, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, ContextManager, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 Dim = Union[int, str]
 """A dimension: a fixed size, or the name of a dynamic one."""
@@ -50,11 +50,24 @@ class Unavailable:
 
 @dataclass(frozen=True)
 class Range:
-    """The clipping range of one tensor, in its own unit; *symmetric* ranges have minimum == -maximum."""
+    """The clipping range of one tensor, in its own unit; *symmetric* ranges have minimum == -maximum.
+
+    Others contain zero, which has to be exactly representable. channel_mean: the mean of every channel over the
+    calibration samples (axis 1 of a convolution's input, else the last axis), for tensors that meet constant weights.
+    """
 
     minimum: float
     maximum: float
     symmetric: bool = False
+    channel_mean: Optional[Tuple[float, ...]] = None
+
+    def to_json(self) -> List[Any]:
+        return [self.minimum, self.maximum, self.symmetric, self.channel_mean]
+
+    @staticmethod
+    def from_json(data: Sequence[Any]) -> Range:
+        low, high, symmetric, means = data
+        return Range(low, high, symmetric, None if means is None else tuple(means))
 
     def is_beyond_int8(self) -> bool:
         """Tell whether the tensor mixes ordinary values with magnitudes of 10,000 or more.
@@ -324,6 +337,10 @@ class Precision:
     meaning: str
     calibrated: bool = False
     """True where an export needs ranges from a calibration table."""
+    symmetric: bool = False
+    """True where its activations need symmetric ranges."""
+    bits: int = 8
+    """Of a calibrated activation."""
     integer: bool = False
     """True where an artifact without any integer arithmetic is a failed export."""
 
@@ -350,6 +367,8 @@ class Backend:
     lower(source, dir): once per model and graph kind, cached. export(graph, recipe, ranges, dir) writes the
     files of one artifact. load(artifact, workload): a context manager of a Session. census(artifact, shapes):
     counts integer arithmetic (shapes: source input name -> concrete shape).
+    interpret: like load, for a backend whose runtime is not at hand where it exports: runs the portable part of the
+    artifact with another runtime. ``verify`` falls back on it and labels the parity; ``bench`` never uses it.
     example: the text of an ``example.py`` that needs only the runtime; @ENTRY@ stands for the file to load, @COMMON@
     for what defines ``here``, ``samples`` and ``show(name, value)``.
     """
@@ -363,3 +382,4 @@ class Backend:
     load: Callable[[Artifact, Workload], ContextManager[Session]]
     census: Callable[[Artifact, Mapping[str, Tuple[int, ...]]], Census]
     example: str
+    interpret: Optional[Callable[[Artifact, Workload], ContextManager[Session]]] = None

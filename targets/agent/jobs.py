@@ -5,10 +5,10 @@ Each takes JSON and progress(done, total), and answers with JSON; arrays go to `
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import time
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
@@ -50,7 +50,7 @@ def probe(arguments: Mapping[str, Any], progress: Progress) -> Dict[str, Any]:
     return {"available": False, "version": None, "reason": found.reason, "fix": found.fix}
 
 
-@contextmanager
+@contextlib.contextmanager
 def _session(artifact: Artifact, workload: Workload) -> Iterator[Tuple[Session, Dict[str, int]]]:
     """Yield a Session and what it took: ``baseline_bytes`` after importing the runtime, ``load_ns`` without it."""
     backend = _backend(artifact.backend)
@@ -103,6 +103,7 @@ def verify(arguments: Mapping[str, Any], progress: Progress) -> Dict[str, Any]:
     """Run every sample through the artifact; return parity against the stored reference, and top-1 with labels.
 
     samples: a folder of ``000000.npz`` (inputs by name, ``reference/NAME``) with ``index.json``.
+    interpret: by the backend's interpreter, where its runtime is not at hand; said in the parity.
     head: how many of the first samples the artifact carries; their SQNR is what other targets are held to.
     """
     artifact = Artifact.from_json(arguments["artifact"])
@@ -112,7 +113,13 @@ def verify(arguments: Mapping[str, Any], progress: Progress) -> Dict[str, Any]:
     head: List[float] = []
     labels = index["labels"]
     correct = reference_correct = 0
-    with _session(artifact, Workload(threads=arguments["threads"])) as (session, _):
+    interpret = _backend(artifact.backend).interpret if arguments["interpret"] else None
+    workload = Workload(threads=arguments["threads"])
+    with contextlib.ExitStack() as stack:
+        if interpret is None:
+            session, _ = stack.enter_context(_session(artifact, workload))
+        else:
+            session = stack.enter_context(interpret(artifact, workload))
         names = _Names(artifact, session)
         for number in range(index["n"]):
             arrays, reference = _inputs(str(folder / f"{number:06d}.npz"))
@@ -133,7 +140,7 @@ def verify(arguments: Mapping[str, Any], progress: Progress) -> Dict[str, Any]:
     if labels is not None:
         top1 = {"metric": "top1", "n": n, "reference": reference_correct / n, "value": correct / n}
     return {
-        "parity": parity.result(index["samples"]),
+        "parity": {**parity.result(index["samples"]), "interpreted": arguments["interpret"]},
         "head_sqnr_db": head,
         "eval": top1,
         "environment": environment,

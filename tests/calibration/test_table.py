@@ -12,16 +12,37 @@ from typing import Any
 import numpy as np
 import pytest
 
-from portcall.calibration.table import CalibrationTable, DataRecord, Section, check_method, table_sha256
+from portcall.calibration.histogram import Accumulator, Histogram
+from portcall.calibration.table import MEAN_UNIT, CalibrationTable, Choice, DataRecord, Section, table_sha256
 from portcall.targets.agent.contract import Range
 from portcall.targets.agent.errors import BadInput, CellFailed
 
-RECORD = DataRecord("calib.npz", None, 0, 90, "d" * 64, 90)
+RECORD = DataRecord("calib.npz", None, 0, 90, "d" * 64, 90, {"x": [1, 3]})
+NAMES = ("x", "a tensor;with/odd names é", "zero")
+
+
+def histogram(*values: float) -> Histogram:
+    accumulator = Accumulator()
+    accumulator.add(np.array(values, np.float32))
+    return accumulator.histogram()
 
 
 def section(graph: str = "a", kind: str = "onnx", **changes: Any) -> Section:
-    low, high = np.array([-1.5, 0.1, -0.0]), np.array([1 / 3, 2.0, 0.0])
-    made = Section(kind, graph * 64, "5" * 64, RECORD, ("x", "a tensor;with/odd names é", "zero"), low, high)
+    made = Section(
+        kind=kind,
+        graph_sha256=graph * 64,
+        source_sha256="5" * 64,
+        data=RECORD,
+        planned=(0, 90),
+        observed=((0, 90),),
+        histograms={
+            NAMES[0]: histogram(-1.5, 0.25, 1 / 3),
+            NAMES[1]: histogram(*np.linspace(0.1, 2.0, 500)),
+            NAMES[2]: histogram(0.0),
+        },
+        means={NAMES[1]: np.array([90 << 28, -(45 << 28)])},
+        choices={"asymmetric": Choice(dict.fromkeys(NAMES, "mse"), 9, {"auto": 30.5})},
+    )
     return replace(made, **changes)
 
 
@@ -70,7 +91,7 @@ def refused(path: Path, match: str) -> BadInput:
 def same(left: CalibrationTable, right: CalibrationTable) -> bool:
     def plain(one: CalibrationTable) -> Any:
         return {
-            k: (replace(s, minimum=None, maximum=None), s.minimum.tobytes(), s.maximum.tobytes())  # type: ignore[arg-type]  # compared apart
+            k: ({f: getattr(s, f) for f in s.__slots__ if f != "means"}, {n: m.tolist() for n, m in s.means.items()})
             for k, s in one.sections.items()
         }
 
@@ -81,7 +102,7 @@ def test_round_trip_keeps_every_bit(saved: Path) -> None:
     loaded = CalibrationTable.load(saved)
     assert list(loaded.sections) == ["a" * 64, "b" * 64]
     assert same(loaded, table(section(), section("b", "tflite")))
-    assert loaded.sections["a" * 64].minimum.dtype == np.float64
+    assert loaded.sections["a" * 64].histograms["x"].counts.dtype == np.int64
     assert loaded.sections["b" * 64].data == RECORD
 
 
@@ -89,7 +110,7 @@ def test_an_empty_table_and_an_empty_section_round_trip(tmp_path: Path) -> None:
     path = tmp_path / "t.pctable"
     table().save(path)
     assert CalibrationTable.load(path).sections == {}
-    nothing = section(tensors=(), minimum=np.array([]), maximum=np.array([]))
+    nothing = section(histograms={}, means={}, choices={})
     table(nothing).save(path)
     assert CalibrationTable.load(path).sections["a" * 64].ranges("minmax") == {}
 
@@ -110,18 +131,52 @@ def test_a_section_of_the_same_graph_replaces_the_old_one() -> None:
     assert [s.data.n for s in made.sections.values()] == [7]
 
 
-def test_minmax_ranges_are_the_observed_ones() -> None:
+def test_ranges_hold_zero_and_channel_means() -> None:
     found = section().ranges("minmax")
-    assert found["x"] == Range(-1.5, 1 / 3) and list(found) == list(section().tensors)
+    assert found["x"] == Range(-1.5, float(np.float32(1 / 3))) and list(found) == list(NAMES)
+    assert found[NAMES[1]] == Range(0.0, 2.0, channel_mean=(1.0, -0.5)) and MEAN_UNIT == 2.0**-28
+    assert section().ranges("minmax", symmetric=True)["x"] == Range(-1.5, 1.5, True)
 
 
-def test_unknown_method_is_refused_with_the_nearest_name() -> None:
-    with pytest.raises(BadInput, match="no calibration method 'minmaks'") as caught:
+def test_auto_reads_what_was_stored_and_says_how_where_nothing_was() -> None:
+    assert section().ranges("auto") == section().ranges("mse")
+    with pytest.raises(BadInput, match="holds no choice of methods for symmetric ranges") as caught:
+        section().ranges("auto", symmetric=True)
+    assert "--auto" in caught.value.fix
+    with pytest.raises(BadInput, match="no calibration method 'minmaks'"):
         section().ranges("minmaks")
-    assert "minmax" in caught.value.fix and "Did you mean 'minmax'?" in caught.value.fix
-    with pytest.raises(BadInput, match="no calibration method 'zzz'") as caught:
-        check_method("zzz")
-    assert "Did you mean" not in caught.value.fix
+
+
+def shard(start: int, stop: int, *values: float) -> Section:
+    means = {"x": np.array([start * 7 + 1])}
+    return section(observed=((start, stop),), histograms={"x": histogram(*values)}, means=means, choices={})
+
+
+def test_shards_add_up_in_any_order() -> None:
+    parts = [shard(0, 30, -1.0, 0.5), shard(30, 60, 7.0), shard(60, 90, 0.25, 3e5)]
+    whole = parts[2].merged(parts[0]).merged(parts[1])
+    assert whole.is_complete and whole.n == 90 and not parts[0].is_complete
+    assert whole.histograms["x"] == histogram(-1.0, 0.5, 7.0, 0.25, 3e5)
+    assert whole.means["x"].tolist() == [1 + 211 + 421]
+    gap = parts[0].merged(parts[2])
+    assert not gap.is_complete and gap.observed == ((0, 30), (60, 90)) and gap.n == 60
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"graph_sha256": "b" * 64}, "differ in graph_sha256"),
+        ({"data": replace(RECORD, sha256="e" * 64)}, "differ in data"),
+        ({"step": 2}, "differ in step"),
+        ({"planned": (0, 80)}, "differ in planned"),
+        ({"observed": ((29, 60),)}, "overlap: both hold sample 29"),
+        ({"histograms": {"y": histogram(1.0)}}, "hold other tensors"),
+    ],
+)
+def test_shards_of_something_else_are_refused(change: dict[str, Any], match: str) -> None:
+    with pytest.raises(BadInput, match=match) as caught:
+        shard(0, 30, 1.0).merged(replace(shard(30, 60, 1.0), **change))
+    assert caught.value.fix
 
 
 def test_a_missing_table_says_how_to_make_one(tmp_path: Path) -> None:
@@ -143,11 +198,11 @@ def test_other_zips_are_no_tables(tmp_path: Path) -> None:
     refused(path, "is not a calibration table")
 
 
-@pytest.mark.parametrize("schema", [0, 2, "1", None])
+@pytest.mark.parametrize("schema", [0, 1, 3, "2", None])
 def test_another_schema_is_refused_by_its_number(saved: Path, schema: Any) -> None:
     listing = json.loads(members(saved)["table.json"])
     rewrite(saved, table=json.dumps({**listing, "schema": schema}).encode())
-    refused(saved, f"has schema {schema!r}, this portcall reads 1")
+    refused(saved, f"has schema {schema!r}, this portcall reads 2")
 
 
 @pytest.mark.parametrize(
@@ -157,11 +212,11 @@ def test_another_schema_is_refused_by_its_number(saved: Path, schema: Any) -> No
         b"null",
         b"{}",
         b"\xff",
-        b'{"schema": 1}',
-        b'{"schema": 1, "sections": 3}',
-        b'{"schema": 1, "sections": [{}]}',
-        b'{"schema": 1, "sections": [[]]}',
-        b'{"schema": 1, "sections": [{"kind": "onnx", "tensors": 3}]}',
+        b'{"schema": 2}',
+        b'{"schema": 2, "sections": 3}',
+        b'{"schema": 2, "sections": [{}]}',
+        b'{"schema": 2, "sections": [[]]}',
+        b'{"schema": 2, "sections": [{"kind": "onnx", "tensors": 3}]}',
     ],
 )
 def test_a_malformed_listing_is_no_table(saved: Path, listing: bytes) -> None:
@@ -185,6 +240,26 @@ def test_a_malformed_listing_is_no_table(saved: Path, listing: bytes) -> None:
 )
 def test_ranges_that_are_none_are_refused_on_loading(saved: Path, values: bytes) -> None:
     rewrite(saved, **{"1_minimum": values})
+    refused(saved, "is not a calibration table")
+
+
+@pytest.mark.parametrize(
+    ("member", "values"),
+    [
+        ("bins", [1, 2, 0]),
+        ("bins", [1, 2, 9000]),
+        ("bins", [1, 1, 1]),
+        ("exponent", [1, 2, 3000]),
+        ("first", [0]),
+        ("counts", [-1, 2, 3]),
+        ("counts", [0.5, 1.0]),
+        ("channels", [3]),
+        ("channels", [0]),
+        ("means", [1, 2, 3]),
+    ],
+)
+def test_histograms_that_are_none_are_refused_on_loading(saved: Path, member: str, values: Any) -> None:
+    rewrite(saved, **{f"0_{member}": array(values)})
     refused(saved, "is not a calibration table")
 
 

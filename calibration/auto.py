@@ -1,0 +1,132 @@
+"""``auto``: per tensor the method with the least output error, measured on calibration samples held back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from portcall.calibration._auto_onnx import quantizer
+from portcall.calibration.table import Choice, Section
+from portcall.targets.agent.contract import Graph
+
+if TYPE_CHECKING:
+    from portcall.workspace import Workspace
+
+CANDIDATES = ("minmax", "percentile:99.999", "percentile:99.99", "percentile:99.9", "mse", "entropy")
+HELD_BACK_AT_MOST = 64
+AT_MOST_S = 300.0
+"""For each of the two comparisons of a scheme: no further sample is begun after that."""
+
+
+def held_back(n: int) -> int:
+    """Return how many of *n* samples are kept out of the histograms to choose methods on: a tenth, 1 to 64."""
+    return max(1, min(HELD_BACK_AT_MOST, n // 10)) if n > 1 else 0
+
+
+def with_choices(
+    work: Workspace, graph: Graph, backend: str | None, section: Section, held: tuple[int, int]
+) -> Section:
+    """Return the section of an ONNX graph with a method chosen for every tensor, for either kind of ranges.
+
+    Each tensor is quantized alone, all others in float, with the range of each candidate; the candidate whose outputs
+    are nearest to those of the float graph on the samples *held* back is chosen. Where one method for all tensors is
+    better on the same samples than the choices together, that one is taken for all.
+    """
+    job = {"graph": graph.to_json(), "tensors": list(section.histograms)}
+    planned = work.call("portcall.calibration._auto_onnx:plan", job, "plan auto", backend)
+    choices = {}
+    try:
+        for scheme, symmetric in (("asymmetric", False), ("symmetric", True)):
+            watched = list(section.histograms)
+            if symmetric:
+                found = work.call(
+                    "portcall.calibration._auto_onnx:symmetric_tensors", job, "plan auto", backend
+                )
+                watched = [t for t in watched if t in set(found)]
+            choices[scheme] = _choose(work, graph, backend, section, held, planned["path"], watched, symmetric)
+    finally:
+        Path(planned["path"]).unlink(missing_ok=True)
+    return replace(section, choices=choices)
+
+
+def _choose(
+    work: Workspace,
+    graph: Graph,
+    backend: str | None,
+    section: Section,
+    held: tuple[int, int],
+    path: str,
+    watched: Sequence[str],
+    symmetric: bool,
+) -> Choice:
+    names = list(section.histograms)
+    ranges = {m: section.ranges(m, symmetric) for m in CANDIDATES}
+    quantizers = {
+        t: {m: quantizer(ranges[m][t].minimum, ranges[m][t].maximum, symmetric) for m in CANDIDATES}
+        for t in watched
+    }
+    # Every distinct quantizer of a tensor once; the first method that gives it stands for it.
+    tries = {t: {q: m for m, q in reversed(quantizers[t].items())} for t in watched}
+    alone = [(t, m, q) for t in watched for q, m in tries[t].items() if len(tries[t]) > 1]
+
+    def measured(settings: list[Any], label: str) -> dict[str, Any]:
+        job = {
+            "graph": graph.to_json(),
+            "path": path,
+            "data": section.data.to_json(),
+            "held": list(held),
+            "width": work.threads,
+            "threads": 1,
+            "extents": [max(-h.minimum, h.maximum) for h in section.histograms.values()],
+            "settings": settings,
+            "seconds": AT_MOST_S,
+        }
+        found: dict[str, Any] = work.call("portcall.calibration._auto_onnx:measure", job, label, backend)
+        return found
+
+    scheme = "symmetric" if symmetric else "asymmetric"
+    first = measured([[[names.index(t), q]] for t, _, q in alone], f"choose {scheme}")
+    best: dict[str, tuple[float, str]] = {}
+    for (tensor, method, _), error in zip(alone, first["errors"], strict=True):
+        best[tensor] = min(best.get(tensor, (error, method)), (error, method), key=lambda e: e[0])
+    methods = {t: best[t][1] if t in best else CANDIDATES[0] for t in watched}
+    whole = {"auto": methods, **{m: dict.fromkeys(watched, m) for m in CANDIDATES}}
+    settings = [[[names.index(t), quantizers[t][m]] for t, m in by.items()] for by in whole.values()]
+    second = measured(settings, f"compare {scheme}")
+    errors = dict(zip(whole, second["errors"], strict=True))
+    winner = min(errors, key=lambda m: errors[m])  # "auto" of equal ones
+    sqnr_db = {m: round(-10 * math.log10(max(e, 1e-30)), 2) for m, e in errors.items()}
+    usual = winner if winner != "auto" else CANDIDATES[0]
+    chosen = {t: whole[winner].get(t, usual) for t in names}
+    return Choice(chosen, first["n"], sqnr_db)
+
+
+def transferred(section: Section, chosen: Section) -> Section:
+    """Return *section* with the choices made on another graph of the same model.
+
+    A tensor takes over the method of the tensor that holds the same values there: equal minimum and maximum within
+    1e-4 of the range, and equally many values. One without such a twin takes the method that most tensors have.
+    """
+    twins = {name: _twin(section, name, chosen) for name in section.histograms}
+    choices = {}
+    for scheme, choice in chosen.choices.items():
+        methods = list(choice.methods.values())
+        usual = max(sorted(set(methods)), key=methods.count)
+        found = {name: choice.methods.get(twin or "", usual) for name, twin in twins.items()}
+        choices[scheme] = Choice(found, choice.n, choice.sqnr_db)
+    return replace(section, choices=choices)
+
+
+def _twin(section: Section, name: str, other: Section) -> str | None:
+    mine = section.histograms[name]
+    reach = max(mine.maximum - mine.minimum, 1e-30)
+    close = [
+        (abs(mine.minimum - theirs.minimum) + abs(mine.maximum - theirs.maximum), twin)
+        for twin, theirs in other.histograms.items()
+        if theirs.n == mine.n
+    ]
+    distance, twin = min(close, default=(float("inf"), None))
+    return twin if distance <= 1e-4 * reach else None

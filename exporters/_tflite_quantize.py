@@ -1,0 +1,174 @@
+"""Quantization of a float flatbuffer by ai-edge-quantizer, with our ranges instead of its moving averages."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Optional, Sequence, Tuple
+
+from portcall.targets.agent.contract import Ranges
+from portcall.targets.agent.errors import CellFailed, UnsupportedError
+
+if TYPE_CHECKING:
+    from portcall.calibration.weights import Scheme
+
+STATIC: Mapping[str, int] = {"int8": 8, "int16x8": 16}
+"""Precisions with calibrated activations -> their bits."""
+
+
+def quantize(
+    path: Path, precision: str, ranges: Optional[Ranges], options: Optional[Mapping[str, Any]] = None
+) -> Tuple[bytes, Tuple[str, ...]]:
+    """Return the float flatbuffer at *path* quantized, and notes; float inputs and outputs stay float.
+
+    Static precisions take *ranges* as they are (int16x8: as symmetric as its kernels); others use them for bias
+    correction alone. options: "weights" ("channel" or "tensor"), "bias_correction", "keep_float": see ``Recipe``.
+    Raises CellFailed where *ranges* lacks a tensor, UnsupportedError for weights that LiteRT has no kernel for.
+    """
+    from ai_edge_quantizer import qtyping, quantizer
+    from ai_edge_quantizer.algorithm_manager import AlgorithmName
+
+    from portcall.calibration.weights import scheme_of
+    from portcall.exporters import _qdq, _selection, _tflite, _tflite_correction
+
+    options = options or {}
+    scheme = scheme_of(options)
+    flatbuffer = path.read_bytes()
+    model = _tflite._read(flatbuffer)
+    operators = [(_tflite.operator_name(model, op), kind) for op, kind in _tflite.operators(model)]
+    if precision != "fp16":
+        _check_weights(precision, scheme, operators)
+    kept = _selection.select(operators, options.get("keep_float", ()))
+    notes = _qdq.kept_notes(kept)
+    if precision in STATIC:
+        assert ranges is not None
+        beyond = _beyond_int8(model, ranges)
+        notes += _qdq.float_notes(beyond)
+        kept = [*kept, *beyond]
+    if options.get("bias_correction") and precision != "fp16":
+        notes += _tflite_correction.correct(model, ranges, scheme, kept)
+        flatbuffer = _tflite._write(model)
+    work = quantizer.Quantizer(bytearray(flatbuffer))
+    _add_recipe(work, precision, scheme)
+    everything = qtyping.TFLOperationName.ALL_SUPPORTED
+    for op, _ in _tflite.operators(model):
+        if _tflite.operator_name(model, op) in kept:
+            names = [model.subgraphs[0].tensors[i].name.decode() for i in op.outputs]
+            scope = "".join(
+                f"{name};" for name in names
+            )  # how the quantizer writes the outputs of an operator
+            work.update_quantization_recipe(
+                f"^{re.escape(scope)}$", everything, algorithm_key=AlgorithmName.NO_QUANTIZE
+            )
+    calibration = _weight_ranges(model, precision, scheme, ranges)
+    if precision in STATIC:
+        assert ranges is not None
+        calibration.update(_activation_ranges(model, _tflite.tapped_tensors(path), ranges))
+    result = work.quantize(calibration or None, enable_progress_bar=False, enable_progress_report=False)
+    return _tflite._write(_tflite._read(bytes(result.quantized_model))), notes
+
+
+def _check_weights(precision: str, scheme: Scheme, operators: Sequence[Tuple[str, str]]) -> None:
+    """Raise UnsupportedError for weights that LiteRT's kernels do not take."""
+    depthwise = [name for name, kind in operators if kind == "DEPTHWISE_CONV_2D"]
+    if scheme.block:
+        raise UnsupportedError(
+            f"LiteRT has no kernel for {precision} with weights in groups of {scheme.block}",
+            'Use "weights": "channel"; onnxruntime has groups in int8-weights and int4-weights',
+        )
+    if not scheme.symmetric:
+        raise UnsupportedError(
+            "LiteRT's kernels take symmetric weights only", 'Leave out "weight_symmetric": false'
+        )
+    if precision == "int8-dynamic" and not scheme.per_channel and depthwise:
+        # LiteRT 2.3 runs such a file, but reads scales past the one there is: 1 dB instead of 43 dB.
+        raise UnsupportedError(
+            f"LiteRT's dynamic depthwise kernel needs a scale per channel: {len(depthwise)} operators, "
+            f"first {depthwise[0]!r}",
+            'Use "weights": "channel"',
+        )
+
+
+def _add_recipe(work: Any, precision: str, scheme: Scheme) -> None:
+    """Tell the quantizer what to do with all operators."""
+    from ai_edge_quantizer import qtyping
+    from ai_edge_quantizer.algorithm_manager import AlgorithmName
+
+    names, sizes = qtyping.TFLOperationName, qtyping.QuantGranularity
+    granularity = sizes.CHANNELWISE if scheme.per_channel else sizes.TENSORWISE
+    if precision == "fp16":
+        weights = qtyping.TensorQuantizationConfig(num_bits=16, dtype=qtyping.TensorDataType.FLOAT)
+        config = qtyping.OpQuantizationConfig(
+            weight_tensor_config=weights,
+            compute_precision=qtyping.ComputePrecision.FLOAT,
+            explicit_dequantize=True,
+        )
+        work.update_quantization_recipe(".*", names.ALL_SUPPORTED, config, AlgorithmName.FLOAT_CASTING)
+    elif precision == "int8-dynamic":
+        work.add_dynamic_config(".*", names.ALL_SUPPORTED, 8, granularity)
+    elif precision in STATIC:
+        work.add_static_config(".*", names.ALL_SUPPORTED, STATIC[precision], 8, granularity)
+        for end in (names.INPUT, names.OUTPUT):
+            work.update_quantization_recipe(".*", end, algorithm_key=AlgorithmName.NO_QUANTIZE)
+    else:
+        work.add_weight_only_config(".*", names.ALL_SUPPORTED, 8, granularity)
+
+
+def _activation_ranges(model: Any, tapped: Mapping[int, str], ranges: Ranges) -> Dict[str, Any]:
+    """Return the quantizer's statistics of the activations: float64, so that a scale is rounded once."""
+    import numpy as np
+
+    found = {}
+    for index, name in tapped.items():
+        if name not in ranges:
+            raise CellFailed(f"the calibration table lacks tensor {name!r}", "Calibrate again: --for tflite")
+        shape = (1,) * len(model.subgraphs[0].tensors[index].shape)
+        low, high = np.float32(ranges[name].minimum), np.float32(ranges[name].maximum)
+        found[name] = {"min": np.full(shape, low, np.float64), "max": np.full(shape, high, np.float64)}
+    return found
+
+
+def _weight_ranges(model: Any, precision: str, scheme: Scheme, ranges: Optional[Ranges]) -> Dict[str, Any]:
+    """Return statistics of the weights for which the quantizer's own scale, max|w| / 127, goes wrong.
+
+    Of all-zero channels it makes 1e-9 / 127, and then cuts their bias off at 2**31 steps; here their scale is 1. The
+    same happens to channels that are nearly zero: as in ONNX Runtime their scale grows until the bias fits int32.
+    """
+    import numpy as np
+
+    from portcall.exporters import _tflite
+
+    tensors = model.subgraphs[0].tensors
+    found: Dict[str, Any] = {}
+    for op, kind in _tflite.operators(model):
+        weight = _tflite.weight_of(model, op, kind)
+        if weight is None:
+            continue
+        axis = _tflite.CHANNEL_AXES[kind]
+        others = tuple(a for a in range(weight.ndim) if a != axis) if scheme.per_channel else None
+        largest = np.abs(weight).max(others, keepdims=True)
+        wanted = np.where(largest == 0, np.float32(127), largest)
+        bias = _tflite.constant(model, int(op.inputs[2])) if len(op.inputs) > 2 else None
+        given = ranges.get(tensors[op.inputs[0]].name.decode()) if ranges is not None else None
+        if precision == "int8" and bias is not None and given is not None:
+            input_scale = max((max(given.maximum, 0.0) - min(given.minimum, 0.0)) / 255, 1e-9)
+            least = 2 * 127 * np.abs(bias) / (input_scale * 2**31)
+            shape = [-1 if a == axis else 1 for a in range(weight.ndim)]
+            wanted = np.maximum(wanted, least.reshape(shape) if scheme.per_channel else least.max())
+        if (wanted != largest).any():
+            wanted = wanted.astype(np.float32)
+            found[tensors[op.inputs[1]].name.decode()] = {"min": -wanted, "max": wanted}
+    return found
+
+
+def _beyond_int8(model: Any, ranges: Ranges) -> List[str]:
+    """Return the names of the operators to leave in float because of their values."""
+    from portcall.exporters import _tflite
+
+    tensors = model.subgraphs[0].tensors
+    beyond = {name for name, r in ranges.items() if r.is_beyond_int8()}
+    return [
+        _tflite.operator_name(model, op)
+        for op, _ in _tflite.operators(model)
+        if beyond.intersection(tensors[i].name.decode() for i in (*op.inputs, *op.outputs) if i >= 0)
+    ]
