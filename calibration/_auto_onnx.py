@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from portcall.calibration.data import open_data
-from portcall.calibration.table import DataRecord
+from portcall.calibration.table import DataRecord, is_held
 from portcall.targets.agent.contract import Graph
 
 Array = np.ndarray[Any, Any]
@@ -97,15 +97,16 @@ def off(extent: float) -> tuple[float, float, float, float]:
 def measure(arguments: Mapping[str, Any], progress: Callable[[int, int | None], None]) -> dict[str, Any]:
     """Run every setting on held-back samples; return the output error of each relative to the energy of the output.
 
-    arguments: graph; path (of ``plan``); data; held [start, stop); width and threads (samples at once, threads of
+    arguments: graph; path (of ``plan``); data; planned [start, stop); held_every; width and threads (samples at once, threads of
     each); extents: the largest magnitude of each tensor; settings: lists of [tensor number, four parameters], all
-    other tensors off; seconds: after that no further sample is begun. Returns {"n", "errors": [per setting]}, the sum
-    over floating-point outputs of sum((off - on)^2) / sum(off^2).
+    other tensors off; seconds: after that no further sample is begun. Returns {"n", "errors": [per setting][per
+    sample]}: summed over the floating-point outputs, (off - on)^2 relative to the mean energy of off over the samples.
     """
     import onnxruntime as ort
 
     graph, record = Graph.from_json(arguments["graph"]), DataRecord(**arguments["data"])
-    first, last = arguments["held"]
+    first, last = arguments["planned"]
+    every = arguments["held_every"]
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = arguments["threads"]
@@ -120,7 +121,9 @@ def measure(arguments: Mapping[str, Any], progress: Callable[[int, int | None], 
             changed[number] = parameters
         settings.append(changed.reshape(-1))
     data = open_data(record.spec, graph.source.inputs, preprocess=record.preprocess)
-    samples = enumerate(data.with_slice(record.start + first, record.start + last))
+    view = enumerate(data.with_slice(record.start + first, record.start + last), first)
+    samples = ((number, sample) for number, sample in view if is_held(number, every))
+    total = sum(is_held(i, every) for i in range(first, last)) * len(settings)
     deadline = time.monotonic() + arguments["seconds"]
     lock, done = threading.Lock(), itertools.count(1)
     found: dict[int, tuple[Array, Array]] = {}
@@ -142,13 +145,12 @@ def measure(arguments: Mapping[str, Any], progress: Callable[[int, int | None], 
                 else:
                     errors[which] = [np.square(a - b).sum() for a, b in zip(results, reference, strict=True)]
                 with lock:
-                    progress(next(done), (last - first) * len(settings))
+                    progress(next(done), total)
             found[number] = errors, energy
 
     with ThreadPoolExecutor(arguments["width"]) as pool:
         for future in [pool.submit(work) for _ in range(arguments["width"])]:
             future.result()
-    errors = sum(found[k][0] for k in sorted(found))
-    energy = sum(found[k][1] for k in sorted(found))
-    relative = errors / np.where(energy > 0, energy, np.inf)
-    return {"n": len(found), "errors": relative.sum(axis=1)[1:].tolist(), "outputs": len(outputs)}
+    energy = np.mean([found[k][1] for k in sorted(found)], axis=0)
+    relative = [(found[k][0][1:] / np.where(energy > 0, energy, np.inf)).sum(axis=1) for k in sorted(found)]
+    return {"n": len(found), "errors": np.transpose(relative).tolist()}

@@ -21,18 +21,21 @@ AT_MOST_S = 300.0
 """For each of the two comparisons of a scheme: no further sample is begun after that."""
 
 
-def held_back(n: int) -> int:
-    """Return how many of *n* samples are kept out of the histograms to choose methods on: a tenth, 1 to 64."""
-    return max(1, min(HELD_BACK_AT_MOST, n // 10)) if n > 1 else 0
+def held_every(n: int) -> int:
+    """Return k: every k-th of *n* samples is kept out of the histograms, a tenth of them, but 64 at most.
+
+    Not the last ones: data often come sorted by class. 0 (none) for a single sample.
+    """
+    return 0 if n < 2 else min(n, max(10, -(-n // HELD_BACK_AT_MOST)))
 
 
 def with_choices(
-    work: Workspace, graph: Graph, backend: str | None, section: Section, held: tuple[int, int]
+    work: Workspace, graph: Graph, backend: str | None, section: Section
 ) -> Section:
     """Return the section of an ONNX graph with a method chosen for every tensor, for either kind of ranges.
 
     Each tensor is quantized alone, all others in float, with the range of each candidate; the candidate whose outputs
-    are nearest to those of the float graph on the samples *held* back is chosen. Where one method for all tensors is
+    are nearest to those of the float graph on the samples that were held back is chosen. Where one method for all tensors is
     better on the same samples than the choices together, that one is taken for all.
     """
     job = {"graph": graph.to_json(), "tensors": list(section.histograms)}
@@ -46,7 +49,7 @@ def with_choices(
                     "portcall.calibration._auto_onnx:symmetric_tensors", job, "plan auto", backend
                 )
                 watched = [t for t in watched if t in set(found)]
-            choices[scheme] = _choose(work, graph, backend, section, held, planned["path"], watched, symmetric)
+            choices[scheme] = _choose(work, graph, backend, section, planned["path"], watched, symmetric)
     finally:
         Path(planned["path"]).unlink(missing_ok=True)
     return replace(section, choices=choices)
@@ -57,7 +60,6 @@ def _choose(
     graph: Graph,
     backend: str | None,
     section: Section,
-    held: tuple[int, int],
     path: str,
     watched: Sequence[str],
     symmetric: bool,
@@ -77,7 +79,8 @@ def _choose(
             "graph": graph.to_json(),
             "path": path,
             "data": section.data.to_json(),
-            "held": list(held),
+            "planned": list(section.planned),
+            "held_every": section.held_every,
             "width": work.threads,
             "threads": 1,
             "extents": [max(-h.minimum, h.maximum) for h in section.histograms.values()],

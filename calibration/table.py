@@ -75,7 +75,8 @@ class Section:
     """What was observed on one tapped graph.
 
     planned: the samples of *data*, counted from its start, that the histograms are to hold; observed: those that they
-    hold, less where this is a shard. step: every step-th element was counted (extremes are exact at any step).
+    hold, less where this is a shard. held_every: k where every k-th sample was kept out of them, to choose methods on;
+    0 where none was. step: every step-th element was counted (extremes are exact at any step).
     means: tensor -> int64[channels], the sum over samples of the channel's mean in units of MEAN_UNIT.
     choices: "asymmetric" or "symmetric" -> what ``auto`` chose.
     """
@@ -89,12 +90,13 @@ class Section:
     histograms: Mapping[str, Histogram]
     means: Mapping[str, Ints] = field(default_factory=dict)
     step: int = 1
+    held_every: int = 0
     choices: Mapping[str, Choice] = field(default_factory=dict)
 
     @property
     def n(self) -> int:
         """The number of samples observed."""
-        return sum(stop - start for start, stop in self.observed)
+        return sum(not is_held(i, self.held_every) for a, b in self.observed for i in range(a, b))
 
     @property
     def is_complete(self) -> bool:
@@ -127,7 +129,7 @@ class Section:
 
     def merged(self, other: Section) -> Section:
         """Return what both observed together. Raises BadInput for other graphs, data or options, or an overlap."""
-        for what in ("kind", "graph_sha256", "source_sha256", "data", "planned", "step"):
+        for what in ("kind", "graph_sha256", "source_sha256", "data", "planned", "step", "held_every"):
             if getattr(self, what) != getattr(other, what):
                 raise BadInput(
                     f"the tables differ in {what}: {getattr(self, what)} and {getattr(other, what)}",
@@ -139,6 +141,11 @@ class Section:
         histograms = {k: h.merged(other.histograms[k]) for k, h in self.histograms.items()}
         means = {k: m + other.means[k] for k, m in self.means.items()}
         return replace(self, observed=observed, histograms=histograms, means=means, choices={})
+
+
+def is_held(index: int, every: int) -> bool:
+    """Tell whether a sample, counted from the start of DATA, is kept out of the histograms."""
+    return every > 0 and index % every == every - 1
 
 
 def _joined(intervals: Sequence[Interval]) -> tuple[Interval, ...]:
@@ -246,6 +253,7 @@ def _packed(section: Section) -> tuple[dict[str, Any], dict[str, np.ndarray[Any,
         "planned": list(section.planned),
         "observed": [list(i) for i in section.observed],
         "step": section.step,
+        "held_every": section.held_every,
         "tensors": list(section.histograms),
         "mean_tensors": list(section.means),
         "choices": {k: c.to_json() for k, c in section.choices.items()},
@@ -309,6 +317,7 @@ def _unpacked(archive: zipfile.ZipFile, number: int, entry: Mapping[str, Any]) -
         histograms=histograms,
         means=dict(zip(mean_names, _split(means, channels), strict=True)),
         step=int(entry["step"]),
+        held_every=int(entry["held_every"]),
         choices={
             k: Choice(dict(c["methods"]), int(c["n"]), dict(c["sqnr_db"])) for k, c in entry["choices"].items()
         },

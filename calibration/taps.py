@@ -13,15 +13,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from portcall.calibration.data import Sample, open_data
+from portcall.calibration.data import Data, Sample, open_data
 from portcall.calibration.histogram import Accumulator, Histogram, NonFinite
-from portcall.calibration.table import MEAN_UNIT, CalibrationTable, DataRecord, Ints, Section
+from portcall.calibration.table import MEAN_UNIT, CalibrationTable, DataRecord, Ints, Section, is_held
 from portcall.targets.agent.contract import Graph
 from portcall.targets.agent.errors import BadInput, CellFailed
 from portcall.targets.agent.memory import peak_rss_bytes
@@ -49,7 +48,7 @@ def observe(arguments: Mapping[str, Any], progress: Callable[[int, int | None], 
     """Run calibration samples through a graph and write what its tensors held to *output*, a table of one section.
 
     arguments: graph; plan (of ``plan_onnx``, else None); data (a DataRecord); planned [start, stop); shard: the part
-    of it to run; step; threads; checkpoint and output (paths). Saves its state to *checkpoint* now and then, and goes
+    of it to run; step; held_every; threads; checkpoint and output (paths). Saves its state to *checkpoint* now and then, and goes
     on from there where one is found. Raises BadInput without samples or where DATA ends early, CellFailed where the
     network itself makes NaN or infinity (names tensor, node and sample).
     """
@@ -74,24 +73,22 @@ def observe(arguments: Mapping[str, Any], progress: Callable[[int, int | None], 
             histograms=state.histograms(),
             means=state.means(),
             step=arguments["step"],
+            held_every=arguments["held_every"],
         )
 
     saved = time.monotonic()
     for number, one in enumerate(passes[at_pass:], at_pass):
-        view = iter(data.with_slice(record.start + position, record.start + last))
+        samples = _Samples(data.with_slice(record.start + position, record.start + last), position, arguments)
         with _Team(one, state, tap.first_bad) as team:
-            while True:
-                before = number * (last - first) + position - first
-                report = partial(_report, progress, before, (last - first) * len(passes))
-                if not (count := team.run(itertools.islice(view, BLOCK), report)):
-                    break
-                position += count
+            total = (last - first) * len(passes)
+            while team.run(samples, lambda at, before=number * (last - first): progress(before + at - first, total)):  # type: ignore[misc]  # mypy cannot infer a lambda's default
+                position = samples.position
                 if checkpoint is not None and time.monotonic() - saved > SAVE_EVERY_S:
                     CalibrationTable({}).with_section(section(position)).save(checkpoint)
                     saved = time.monotonic()
-        if position != last:
+        if samples.position != last:
             raise BadInput(
-                f"DATA ended early: {position - first} of {last - first} samples came",
+                f"DATA ended early: {samples.position - first} of {last - first} samples came",
                 "Give data that does not change while it is read",
             )
         position = first
@@ -112,8 +109,18 @@ class Tap:
     first_bad: Callable[[Mapping[str, Array], str], str]
 
 
-def _report(progress: Callable[[int, int | None], None], before: int, total: int, count: int) -> None:
-    progress(before + count, total)
+class _Samples:
+    """The samples of a pass in blocks, less those held back. position: of the next one, counted from DATA's start."""
+
+    def __init__(self, data: Data, position: int, arguments: Mapping[str, Any]) -> None:
+        self._all, self._every = iter(data), arguments["held_every"]
+        self.position = position
+
+    def block(self) -> Iterator[Sample]:
+        for sample in itertools.islice(self._all, BLOCK):
+            self.position += 1
+            if not is_held(self.position - 1, self._every):
+                yield sample
 
 
 class _State:
@@ -210,27 +217,25 @@ class _Team:
         self._executor.shutdown()
         self._state.close_observers()
 
-    def run(self, samples: Iterator[Sample], report: Callable[[int], None]) -> int:
-        """Run *samples* to their end; return how many there were. The error of the earliest sample is raised."""
+    def run(self, samples: _Samples, report: Callable[[int], None]) -> bool:
+        """Run the next block; tell whether there was one. The error of the earliest sample is raised."""
         lock = threading.Lock()
         errors: list[tuple[int, Exception]] = []
-        count = 0
+        before, block = samples.position, samples.block()
 
         def work(runner: Runner, observer: _Observer) -> None:
-            nonlocal count
             while True:
                 with lock:
                     try:
-                        sample = None if errors else next(samples, None)
+                        sample = None if errors else next(block, None)
                     except Exception as error:  # DATA that cannot be read on; raised below, in the caller's thread
                         errors.append((-1, error))
                         return
                     if sample is None:
                         return
-                    count += 1
-                    report(count)
+                    report(samples.position)
                 try:
-                    self._observe(sample, runner, observer)
+                    _observe(sample, runner, observer)
                 except Exception as error:  # likewise
                     with lock:
                         errors.append((sample.index, error))
@@ -238,19 +243,32 @@ class _Team:
         for future in [self._executor.submit(work, *member) for member in self._members]:
             future.result()
         if errors:
-            raise min(errors, key=lambda e: e[0])[1]
-        return count
-
-    def _observe(self, sample: Sample, runner: Runner, observer: _Observer) -> None:
-        name = ""
-        try:
-            for name, array in runner(sample.inputs):
-                observer.add(name, array)
-        except NonFinite as error:
+            error = min(errors, key=lambda e: e[0])[1]
+            if not isinstance(error, _Overflow):
+                raise error
+            where, index = self._first_bad(error.sample.inputs, error.tensor), error.sample.index
             raise CellFailed(
-                f"{self._first_bad(sample.inputs, name)} holds NaN or infinity for calibration sample {sample.index}",
+                f"{where} holds NaN or infinity for calibration sample {index}",
                 "The float model itself overflows there: check that sample and the layer",
             ) from error
+        return samples.position > before
+
+
+class _Overflow(Exception):
+    """A tensor is not finite for a sample."""
+
+    def __init__(self, sample: Sample, tensor: str) -> None:
+        super().__init__(tensor)
+        self.sample, self.tensor = sample, tensor
+
+
+def _observe(sample: Sample, runner: Runner, observer: _Observer) -> None:
+    name = ""
+    try:
+        for name, array in runner(sample.inputs):
+            observer.add(name, array)
+    except NonFinite as error:
+        raise _Overflow(sample, name) from error
 
 
 def _open_tap(graph: Graph, plan: Mapping[str, Any] | None, threads: int) -> Tap:

@@ -37,7 +37,7 @@ def quantize(
     model = onnx.load(str(graph.path))
     kept = _qdq.kept_in_float(model.graph, options)
     notes = _qdq.kept_notes(kept)
-    products = Scheme(options.get("weights") == "channel", 0, options.get("weight_symmetric", False))
+    products = Scheme(options.get("weights") == "channel", symmetric=False)
 
     def rebuild(node: Any, weight: Any) -> Optional[Any]:
         plain = all(attribute(node, name, value) == value for name, value in _PLAIN_GEMM.items())
@@ -57,7 +57,6 @@ def quantize(
         per_channel=products.per_channel,
         # It turns each Gemm into a MatMul before it looks at names.
         nodes_to_exclude=[*kept, *(f"{name}_MatMul" for name in kept)],
-        extra_options={"WeightSymmetric": products.symmetric},
     )
     quantized = onnx.load(str(raw))
     for file in (raw, raw.with_name(raw.name + ".data")):

@@ -110,7 +110,7 @@ def quantize(
             beyond.add(raw)
     sentinels = [n.name for n in model.graph.node if beyond & {*n.input, *n.output}]
     kept = kept_in_float(model.graph, options)
-    excluded = {*sentinels, *kept}
+    excluded = {*sentinels, *kept, *_seen_activations(model.graph)}
     notes = float_notes(sentinels) + kept_notes(kept)
     if options.get("bias_correction"):
 
@@ -208,6 +208,15 @@ def _absorbed(graph: Any) -> Dict[str, str]:
         for n in graph.node
         if n.op_type in ("Relu", "Clip") and counts[n.input[0]] == 1 and n.input[0] not in ends
     }
+
+
+def _seen_activations(graph: Any) -> List[str]:
+    """Return the Relu and Clip nodes whose input is an output of the graph as well.
+
+    ONNX Runtime 1.31 would cut that output to the range behind the Relu: such a Relu is no business of the quantizer's.
+    """
+    outputs = {v.name for v in graph.output}
+    return [n.name for n in graph.node if n.op_type in ("Relu", "Clip") and n.input[0] in outputs]
 
 
 def _check_float32(model: Any) -> None:

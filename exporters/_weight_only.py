@@ -25,8 +25,9 @@ def quantize(
     int8-weights: per channel unless options["weights"] says otherwise. int4-weights: groups of 32 inputs, the last of
     which may be shorter; convolutions int8 per channel. A transposed Gemm weight is stored the other way round: ONNX
     Runtime 1.31 fuses only that into its MatMulNBits kernel (1x1024x4096 at 4 bits, one thread: 0.05 ms; 9 ms where it
-    dequantizes at every run). *ranges* serve "bias_correction"; without them there is none. The operator set is raised
-    to 13, for groups and 4 bits to 21, where the model's is lower. Return the names of the files written, and notes.
+    dequantizes at every run, as before convolutions and before a product whose Relu leads to another product).
+    *ranges* serve "bias_correction"; without them there is none. The operator set is raised to 13, for groups and 4
+    bits to 21, where the model's is lower. Return the names of the files written, and notes.
     """
     import onnx
     from onnx import numpy_helper

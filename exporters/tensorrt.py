@@ -38,7 +38,7 @@ CACHE_NOTE = (
 
 def probe(role: str) -> Union[Available, Unavailable]:
     if role == "export":
-        return probe_modules("tensorrt", ["onnx", "onnxruntime"])
+        return probe_modules("onnxruntime", ["onnx", "onnxruntime"])
     found = probe_modules("tensorrt", ["tensorrt"])
     if isinstance(found, Unavailable):
         return found

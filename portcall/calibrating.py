@@ -15,7 +15,7 @@ from typing import Any
 
 import portcall
 import portcall.calibration
-from portcall.calibration.auto import held_back, transferred, with_choices
+from portcall.calibration.auto import held_every, transferred, with_choices
 from portcall.calibration.methods import METHODS, derive
 from portcall.calibration.table import CalibrationTable, DataRecord, Section
 from portcall.core import BadInput, Graph, Source
@@ -138,11 +138,10 @@ def observe(
     over for the tensors that hold the same values.
     """
     start = time.perf_counter()
-    stop = record.n - (held_back(record.n) if options.auto else 0)
     number, of = options.shard
-    shard = (stop * (number - 1) // of, stop * number // of)
+    shard = (record.n * (number - 1) // of, record.n * number // of)
     if shard[0] == shard[1]:
-        raise BadInput(f"{stop} samples cannot be cut into {of} shards", "Use fewer shards, or more samples")
+        raise BadInput(f"{record.n} samples cannot be cut into {of} shards", "Use fewer shards, or more samples")
     plan: dict[str, Any] | None = None
     if graph.kind == "onnx":
         job: dict[str, Any] = {
@@ -157,9 +156,10 @@ def observe(
         "graph": graph.to_json(),
         "plan": plan,
         "data": record.to_json(),
-        "planned": [0, stop],
+        "planned": [0, record.n],
         "shard": list(shard),
         "step": options.step,
+        "held_every": held_every(record.n) if options.auto else 0,
         "threads": work.threads,
         "output": str(output),
     }
@@ -169,9 +169,9 @@ def observe(
     section = CalibrationTable.load(output).sections[graph.sha256]
     if checkpoint is not None:
         checkpoint.unlink(missing_ok=True)
-    if options.auto:
+    if options.auto and section.held_every:
         if graph.kind == "onnx":
-            section = with_choices(work, graph, backend, section, (stop, record.n))
+            section = with_choices(work, graph, backend, section)
         elif onnx is not None:
             section = transferred(section, onnx)
     fewest = min((h.n for h in section.histograms.values()), default=0)

@@ -47,6 +47,7 @@ def tap(graph: Graph, record: DataRecord, folder: Path, **changes: Any) -> Secti
         "planned": [0, record.n],
         "shard": [0, record.n],
         "step": 1,
+        "held_every": 0,
         "threads": threads,
         "checkpoint": None,
         "output": str(output),

@@ -17,14 +17,12 @@ from portcall.targets.agent.contract import Range
 from tests.exporters.graphs import Array, graph_of, write_onnx
 from tests.exporters.ranges import onnx_ranges, run_onnx
 
-Node = onnx.NodeProto
-
 
 def f32(*values: Any) -> Array:
     return np.asarray(values, np.float32)
 
 
-def coarse(node: Node, weight: Array) -> Array:
+def coarse(node: Any, weight: Array) -> Array:
     """Round so coarsely that the mean of every output shifts."""
     rounded: Array = weights.quantize(weight, bits=4).dequantize()
     return rounded

@@ -1,7 +1,8 @@
-"""Explicit Q/DQ: the ranges that are given are the ranges that are written."""
+"""Explicit Q/DQ: which ranges are needed, that those given are written, weights, and layers kept in float."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,16 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from portcall.exporters import _qdq
-from portcall.targets.agent.contract import Range
-from portcall.targets.agent.errors import CellFailed
+from portcall.calibration import weights
+from portcall.exporters import _onnx, _qdq, _qdq_symmetric
+from portcall.source_torch import open_torch
+from portcall.targets.agent.contract import Graph, Range
+from portcall.targets.agent.errors import BadInput, CellFailed, UnsupportedError
 from tests.exporters.graphs import Array, conv_add_mul, graph_of, write_onnx
+from tests.exporters.ranges import onnx_ranges, run_onnx, sqnr_db
 
 RANGES = {
     "x": Range(-1.5, 2.25),
-    "c": Range(-3.0, 5.0),
     "r": Range(0.25, 5.0),  # zero is outside: both ends are nudged to include it
     "x2": Range(-0.75, -0.25),
     "s": Range(-0.5, 4.0),
@@ -26,9 +29,11 @@ RANGES = {
 }
 
 
-def quantized(path: Path, ranges: Mapping[str, Range], output: Path) -> tuple[Any, dict[str, Array], Any]:
+def quantized(
+    path: Path, ranges: Mapping[str, Range], output: Path, **options: Any
+) -> tuple[Any, dict[str, Array], Any]:
     """Return the quantized graph, its constants by name, and the notes."""
-    files, notes = _qdq.quantize(graph_of(path), ranges, output)
+    files, notes = _qdq.quantize(graph_of(path), ranges, output, options)
     assert files == (output.name,)
     model = onnx.load(str(output))
     return model, {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}, notes
@@ -46,7 +51,8 @@ def activation_parameters(model: Any, constants: Mapping[str, Array]) -> dict[st
 
 
 def test_taps_are_the_float_activations_around_quantizable_operators(tmp_path: Path) -> None:
-    assert _qdq.tapped_tensors(conv_add_mul(tmp_path / "m.onnx")) == ["x", "c", "r", "x2", "s", "y"]
+    # without the raw output of the convolution, which the quantizer gives the range of the Relu's output
+    assert _qdq.tapped_tensors(conv_add_mul(tmp_path / "m.onnx")) == ["x", "r", "x2", "s", "y"]
 
 
 def test_taps_leave_out_integers_and_what_nothing_quantizes(tmp_path: Path) -> None:
@@ -65,7 +71,8 @@ def test_taps_leave_out_integers_and_what_nothing_quantizes(tmp_path: Path) -> N
 def test_scales_and_zero_points_follow_from_the_ranges(tmp_path: Path) -> None:
     model, constants, notes = quantized(conv_add_mul(tmp_path / "m.onnx"), RANGES, tmp_path / "q.onnx")
     found = activation_parameters(model, constants)
-    assert set(found) == set(RANGES) - {"c"}  # Relu is absorbed: the convolution's output is quantized as r
+    assert set(found) == set(RANGES)
+    assert "Relu" not in {n.op_type for n in model.graph.node}
     for name, (scale, zero) in found.items():
         low, high = min(RANGES[name].minimum, 0.0), max(RANGES[name].maximum, 0.0)
         assert scale == pytest.approx((high - low) / 255, rel=1e-6), name
@@ -104,3 +111,218 @@ def test_a_constant_zero_tensor_has_a_usable_scale(tmp_path: Path) -> None:
     ranges = {**RANGES, "x2": Range(0.0, 0.0)}
     model, constants, _ = quantized(conv_add_mul(tmp_path / "m.onnx"), ranges, tmp_path / "q.onnx")
     assert activation_parameters(model, constants)["x2"][0] > 0
+
+
+# which tensors are tapped
+
+
+def activations(
+    folder: Path, last: str = "y", outputs: Mapping[str, Any] | None = None, opset: int = 18
+) -> Path:
+    """conv -> Relu -> Clip -> matrix product -> Relu: c, r and p are raw."""
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["c"], "conv"),
+        helper.make_node("Relu", ["c"], ["r"], "relu"),
+        helper.make_node("Clip", ["r", "low", "high"], ["k"], "clip"),
+        helper.make_node("MatMul", ["k", "v"], ["p"], "product"),
+        helper.make_node("Relu", ["p"], [last], "last"),
+    ]
+    rng = np.random.default_rng(0)
+    held = {
+        "w": rng.standard_normal((4, 3, 1, 1)),
+        "v": rng.standard_normal((6, 5)),
+        "low": np.asarray(0.0),
+        "high": np.asarray(2.0),
+    }
+    arrays = {k: v.astype(np.float32) for k, v in held.items()}
+    shapes: dict[str, Any] = {last: [1, 4, 6, 5], **(outputs or {})}
+    return write_onnx(folder / "m.onnx", nodes, {"x": [1, 3, 6, 6]}, shapes, arrays, opset)
+
+
+def test_a_chain_of_activations_is_tapped_at_its_end(tmp_path: Path) -> None:
+    path = activations(tmp_path)
+    assert _qdq.tapped_tensors(path) == ["x", "k", "y"]
+    ranges = {"x": Range(-1, 1), "k": Range(0, 1.5), "y": Range(0, 3)}
+    model, constants, _ = quantized(path, ranges, tmp_path / "q.onnx")
+    assert [n.op_type for n in model.graph.node if "Linear" not in n.op_type] == ["Conv", "MatMul"]
+    found = activation_parameters(model, constants)
+    assert {k: s for k, (s, _) in found.items()} == pytest.approx(
+        {"x": 2 / 255, "k": 1.5 / 255, "y": 3 / 255}
+    )
+
+
+@pytest.mark.parametrize(("seen", "tapped"), [("c", ["x", "c", "k", "y"]), ("r", ["x", "k", "r", "y"])])
+def test_what_something_else_sees_is_tapped(tmp_path: Path, seen: str, tapped: list[str]) -> None:
+    path = activations(tmp_path, outputs={seen: [1, 4, 6, 6]})
+    assert sorted(_qdq.tapped_tensors(path)) == sorted(tapped)
+    samples = [{"x": np.random.default_rng(1).standard_normal((1, 3, 6, 6)).astype(np.float32)}]
+    _qdq.quantize(graph_of(path), onnx_ranges(path, samples), tmp_path / "q.onnx")
+    for one, other in zip(run_onnx(path, samples)[0], run_onnx(tmp_path / "q.onnx", samples)[0], strict=True):
+        assert sqnr_db(one, other) > 30
+
+
+@pytest.fixture(scope="module")
+def small_graphs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Graph]:
+    """The canonical graphs of all small models of ``tests.models``."""
+    found = {}
+    for name in ("digits", "tiny_cnn", "two_inputs"):
+        folder = tmp_path_factory.mktemp(name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's exporters deprecate parts of each other
+            found[name] = _onnx.lower(open_torch(f"tests.models:{name}", "torch", folder), folder)
+    return found
+
+
+@pytest.mark.parametrize("name", ["digits", "tiny_cnn", "two_inputs"])
+def test_the_quantizer_reads_no_range_beyond_the_taps(
+    small_graphs: dict[str, Graph], tmp_path: Path, name: str
+) -> None:
+    graph = small_graphs[name]
+    names = _qdq.tapped_tensors(graph.path)
+    for options in ({}, {"weights": "tensor", "bias_correction": True}):
+        _qdq.quantize(graph, {n: Range(-1.0, 3.0) for n in names}, tmp_path / "q.onnx", options)
+        model = onnx.load(str(tmp_path / "q.onnx"))
+        assert sum(n.op_type == "QuantizeLinear" for n in model.graph.node) >= 3
+    raw = {n.input[0] for n in onnx.load(str(graph.path)).graph.node if n.op_type in ("Relu", "Clip")}
+    assert raw and not raw & set(names)
+    assert set(_qdq_symmetric.quantized_tensors(graph.path)) <= set(names)
+    assert set(_qdq.weighted_inputs(graph.path)) <= set(names)
+
+
+def test_weighted_inputs_carry_the_axis_of_their_channels(tmp_path: Path) -> None:
+    assert _qdq.weighted_inputs(activations(tmp_path)) == {"x": 1, "k": -1}
+    nodes = [
+        helper.make_node("MatMul", ["x", "x"], ["a"], "two activations"),
+        helper.make_node("MatMul", ["w", "a"], ["b"], "a weight on the left"),
+        helper.make_node("Gemm", ["b", "w"], ["y"], "gemm"),
+    ]
+    weights = {"w": np.ones((4, 4), np.float32)}
+    path = write_onnx(tmp_path / "p.onnx", nodes, {"x": [4, 4]}, {"y": [4, 4]}, weights)
+    assert _qdq.weighted_inputs(path) == {"b": -1}
+
+
+def test_control_flow_is_refused_by_name(tmp_path: Path) -> None:
+    def body(name: str) -> onnx.GraphProto:
+        output = helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [2])
+        return helper.make_graph([helper.make_node("Identity", ["x"], [name])], name, [], [output])
+
+    nodes = [
+        helper.make_node("ReduceMax", ["x"], ["m"], "max", keepdims=0),
+        helper.make_node("Cast", ["m"], ["condition"], "cast", to=onnx.TensorProto.BOOL),
+        helper.make_node("If", ["condition"], ["y"], "choose", then_branch=body("a"), else_branch=body("b")),
+    ]
+    path = write_onnx(tmp_path / "m.onnx", nodes, {"x": [2]}, {"y": [2]}, {})
+    with pytest.raises(UnsupportedError, match=r"cannot be calibrated: choose \(If\)\.") as caught:
+        _qdq.check_no_control_flow(onnx.load(str(path)))
+    assert "without calibration" in caught.value.fix
+    with pytest.raises(UnsupportedError, match="choose"):
+        _qdq.quantize(graph_of(path), {}, tmp_path / "q.onnx")
+    _qdq.check_no_control_flow(onnx.load(str(conv_add_mul(tmp_path / "plain.onnx"))))
+
+
+# weights
+
+
+@pytest.mark.parametrize(
+    ("options", "axis", "symmetric"),
+    [
+        ({}, 0, True),
+        ({"weights": "channel"}, 0, True),
+        ({"weights": "tensor"}, None, True),
+        ({"weights": "tensor", "weight_symmetric": False}, None, False),
+    ],
+)
+def test_integers_are_those_of_calibration_weights(
+    tmp_path: Path, options: dict[str, Any], axis: int | None, symmetric: bool
+) -> None:
+    path = activations(tmp_path)
+    ranges = {"x": Range(-1, 1), "k": Range(0, 1.5), "y": Range(0, 3)}
+    _, constants, _ = quantized(path, ranges, tmp_path / "q.onnx", **options)
+    floats = {t.name: numpy_helper.to_array(t) for t in onnx.load(str(path)).graph.initializer}
+    for name, channels in (("w", 0), ("v", 1)):
+        wanted = weights.quantize(floats[name], 8, symmetric, None if axis is None else channels)
+        np.testing.assert_array_equal(constants[f"{name}_scale"], wanted.scale)
+        np.testing.assert_array_equal(constants[f"{name}_zero_point"], wanted.zero_point)
+        np.testing.assert_array_equal(constants[f"{name}_quantized"], wanted.integers)
+
+
+@pytest.mark.parametrize("options", [{"weights": "tensor"}, {"weights": "tensor", "weight_symmetric": False}])
+def test_weights_per_tensor_compute_on_integers(tmp_path: Path, options: dict[str, Any]) -> None:
+    path = activations(tmp_path)
+    rng = np.random.default_rng(1)
+    samples = [{"x": rng.standard_normal((1, 3, 6, 6)).astype(np.float32)} for _ in range(4)]
+    ranges = onnx_ranges(path, samples)
+    quantized(path, ranges, tmp_path / "q.onnx", **options)
+    found = _onnx.census(tmp_path / "q.onnx", {"x": (1, 3, 6, 6)})
+    assert found.integer_macs == found.macs == 4 * 36 * 3 + 24 * 5 * 6
+    wanted, out = ([r[0] for r in run_onnx(p, samples)] for p in (path, tmp_path / "q.onnx"))
+    assert sqnr_db(wanted, out) > 30
+
+
+@pytest.mark.parametrize(
+    ("options", "message", "fix"),
+    [
+        ({"weights": "group32"}, "weights in groups of 32", "int8-weights or int4-weights"),
+        ({"weights": "group128", "weight_symmetric": False}, "weights in groups of 128", "int4-weights"),
+        ({"weight_symmetric": False}, "one zero point for all channels", '"weights": "tensor"'),
+    ],
+)
+def test_weights_that_no_kernel_takes_are_unsupported(
+    tmp_path: Path, options: dict[str, Any], message: str, fix: str
+) -> None:
+    with pytest.raises(UnsupportedError, match=message) as caught:
+        quantized(conv_add_mul(tmp_path / "m.onnx"), RANGES, tmp_path / "q.onnx", **options)
+    assert fix in caught.value.fix and not (tmp_path / "q.onnx").exists()
+
+
+@pytest.mark.parametrize(("weights_option", "opset"), [("channel", 13), ("tensor", 11)])
+def test_an_old_operator_set_is_raised_as_far_as_needed(
+    tmp_path: Path, weights_option: str, opset: int
+) -> None:
+    """DequantizeLinear has an axis since operator set 13."""
+    path = activations(tmp_path, opset=11)
+    samples = [{"x": np.random.default_rng(1).standard_normal((1, 3, 6, 6)).astype(np.float32)}]
+    ranges = onnx_ranges(path, samples)
+    model, _, _ = quantized(path, ranges, tmp_path / "q.onnx", weights=weights_option)
+    assert [o.version for o in model.opset_import if not o.domain] == [opset]
+    wanted, out = (run_onnx(p, samples)[0][0] for p in (path, tmp_path / "q.onnx"))
+    assert sqnr_db(wanted, out) > 30
+
+
+# layers kept in float
+
+
+@pytest.mark.parametrize(
+    ("pattern", "kept", "quantized_activations"),
+    [
+        ("conv", ["conv"], {"r", "x2", "s", "y"}),
+        ("type:Mul", ["mul"], {"x", "r", "x2", "s"}),
+        ("m*", ["mul"], {"x", "r", "x2", "s"}),
+        # the Relu would be absorbed by the convolution: both stay
+        ("type:RELU", ["conv", "relu"], {"r", "x2", "s", "y"}),
+    ],
+)
+def test_layers_are_kept_in_float(
+    tmp_path: Path, pattern: str, kept: list[str], quantized_activations: set[str]
+) -> None:
+    path = conv_add_mul(tmp_path / "m.onnx")
+    model, constants, notes = quantized(path, RANGES, tmp_path / "q.onnx", keep_float=[pattern])
+    assert notes == (f"left in float32 as asked (keep_float): {', '.join(kept)}",)
+    assert set(activation_parameters(model, constants)) == quantized_activations
+    assert ("w_quantized" in constants) == ("conv" not in kept)
+    found = _onnx.census(tmp_path / "q.onnx", {"x": (1, 3, 8, 8), "x2": (1, 4, 8, 8)})
+    assert found.float_nodes == (("conv",) if "conv" in kept else ())
+
+
+def test_an_absorbed_activation_with_sentinel_values_takes_its_convolution_along(tmp_path: Path) -> None:
+    model, constants, notes = quantized(
+        conv_add_mul(tmp_path / "m.onnx"), {**RANGES, "r": Range(0.0, 1e5)}, tmp_path / "q.onnx"
+    )
+    assert set(activation_parameters(model, constants)) == {"s", "y"}
+    assert len(notes) == 1 and notes[0].endswith(": conv, relu, add")
+
+
+def test_a_pattern_without_a_match_writes_nothing(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="'convv' matches no operator") as caught:
+        quantized(conv_add_mul(tmp_path / "m.onnx"), RANGES, tmp_path / "q.onnx", keep_float=["convv"])
+    assert "'conv'" in caught.value.fix and not (tmp_path / "q.onnx").exists()

@@ -5,6 +5,7 @@ Long because placement is tested operator by operator.
 
 from __future__ import annotations
 
+import ctypes.util
 import importlib.util
 import json
 from collections.abc import Mapping, Sequence
@@ -19,10 +20,10 @@ from onnx import helper, numpy_helper
 from onnxruntime.transformers.float16 import convert_float_to_float16
 
 from portcall.calibration import weights
-from portcall.exporters import _onnx, _qdq, _qdq_symmetric
-from portcall.targets.agent.contract import Range, Source
+from portcall.exporters import _encodings, _onnx, _qdq, _qdq_symmetric, tensorrt
+from portcall.targets.agent.contract import Artifact, Range, Recipe, Source, Workload
 from portcall.targets.agent.errors import BadInput, CellFailed, UnsupportedError
-from tests.exporters.contract import run_python
+from tests.exporters.contract import BLOCKER, run_python
 from tests.exporters.graphs import Array, conv_add_mul, graph_of, write_onnx
 
 QDQ = ("QuantizeLinear", "DequantizeLinear")
@@ -502,6 +503,52 @@ def test_nodes_with_sentinel_values_stay_in_float_and_are_named(tmp_path: Path) 
         "gemm",
     }  # nor a2, which c4 fuses with
     assert len(notes) == 1 and notes[0].endswith(": c4")
+
+
+# the backend, as far as it goes without a GPU
+
+
+def test_an_artifact_holds_graph_and_cache_and_can_be_interpreted(tmp_path: Path) -> None:
+    path = residual_net(tmp_path / "m.onnx")
+    folder = tmp_path / "artifact"
+    folder.mkdir()
+    ranges = observed(path, image())
+    exported = tensorrt.export(graph_of(path), Recipe("int8"), ranges, folder)
+    assert exported.files == ("model.onnx", "calibration.cache")
+    assert {p.name for p in folder.iterdir()} == set(exported.files)
+    cache = _encodings.read_tensorrt_cache((folder / "calibration.cache").read_text())
+    found = constants_of(onnx.load(str(folder / "model.onnx")))
+    assert cache == {name: float(found[f"{name}_scale"]) for name in ranges}
+    artifact = Artifact(folder, exported.entry, "tensorrt", "int8", exported.inputs, exported.outputs)
+    with tensorrt.interpret(artifact, Workload()) as session:
+        session.set_inputs(image())
+        session.infer()
+        outputs = session.get_outputs()["y"]
+    np.testing.assert_allclose(outputs, run(folder / "model.onnx", image()), atol=0.05)
+    assert sqnr_db(run(path, image()), outputs) > 30
+
+
+PROBE = """
+from portcall.exporters.tensorrt import probe
+print(probe("run"))
+"""
+
+
+@pytest.mark.parametrize("version", ["8.6.1", "10.3.0"])
+def test_probe_says_what_is_missing_below_tensorrt(version: str, tmp_path: Path) -> None:
+    (tmp_path / "tensorrt.py").write_text(f"__version__ = {version!r}")  # the real one is no package here
+    code = f"import sys\nsys.path.insert(0, {str(tmp_path)!r})\n{PROBE}"
+    if version == "8.6.1":
+        assert "TensorRT 8.6.1 is older than 10" in run_python(code)
+    elif ctypes.util.find_library("cuda") is None:
+        assert "no NVIDIA driver: libcuda.so.1" in run_python(code)
+    else:
+        pytest.skip("this machine has an NVIDIA driver; fix: run it on one without")
+
+
+def test_probe_without_tensorrt_says_how_to_get_it() -> None:
+    found = run_python(BLOCKER.format(missing=["tensorrt"], broken=[]) + PROBE)
+    assert "not installed: tensorrt" in found and "pip install 'portcall[tensorrt]'" in found
 
 
 # TensorRT's own parser and builder
