@@ -38,7 +38,9 @@ def plan(arguments: Mapping[str, Any], progress: object) -> dict[str, Any]:
     tensors = list(arguments["tensors"])
     model = onnx.load(str(graph.path), load_external_data=False)
     inputs = {v.name for v in model.graph.input}
-    pieces = [f"portcall_{i}_{part}" for i in range(len(tensors)) for part in ("inverse", "scale", "low", "high")]
+    pieces = [
+        f"portcall_{i}_{part}" for i in range(len(tensors)) for part in ("inverse", "scale", "low", "high")
+    ]
     raw = {name: f"{name}/portcall_raw" for name in tensors}
     for node in model.graph.node:
         # A tensor keeps its name behind the quantizer, so that its readers and the graph's outputs stay; that of an
@@ -97,8 +99,8 @@ def off(extent: float) -> tuple[float, float, float, float]:
 def measure(arguments: Mapping[str, Any], progress: Callable[[int, int | None], None]) -> dict[str, Any]:
     """Run every setting on held-back samples; return the output error of each relative to the energy of the output.
 
-    arguments: graph; path (of ``plan``); data; planned [start, stop); held_every; width and threads (samples at once, threads of
-    each); extents: the largest magnitude of each tensor; settings: lists of [tensor number, four parameters], all
+    arguments: graph; path (of ``plan``); data; planned [start, stop); held_every; width and threads (samples at once,
+    threads of each); extents: the largest magnitude of each tensor; settings: lists of [tensor number, four parameters], all
     other tensors off; seconds: after that no further sample is begun. Returns {"n", "errors": [per setting][per
     sample]}: summed over the floating-point outputs, (off - on)^2 relative to the mean energy of off over the samples.
     """
@@ -131,7 +133,9 @@ def measure(arguments: Mapping[str, Any], progress: Callable[[int, int | None], 
     def work() -> None:
         while True:
             with lock:
-                number, sample = (None, None) if found and time.monotonic() > deadline else next(samples, (None, None))
+                number, sample = (
+                    (None, None) if found and time.monotonic() > deadline else next(samples, (None, None))
+                )
             if number is None or sample is None:
                 return
             errors = np.zeros((len(settings), len(outputs)))

@@ -31,7 +31,7 @@ def plan(
     """
     import onnx
 
-    from portcall.exporters import _onnx, _qdq
+    from portcall.exporters import _qdq
 
     model = onnx.load(str(graph.path), load_external_data=False)
     _qdq.check_no_control_flow(model)
@@ -44,7 +44,9 @@ def plan(
     entries = []
     for number, group in enumerate(groups or [[]]):
         path = _write(model, graph.path, group)
-        entries.append({"path": str(path), "tensors": [t for t in tensors if t in inputs] * (number == 0) + group})
+        entries.append(
+            {"path": str(path), "tensors": [t for t in tensors if t in inputs] * (number == 0) + group}
+        )
     return {
         "passes": entries,
         "width": width,
@@ -64,12 +66,18 @@ def _bytes(graph: Graph, tensors: Sequence[str], shapes: Mapping[str, tuple[int,
     for value in model.graph.input:
         for dim, size in zip(value.type.tensor_type.shape.dim, shapes[value.name], strict=True):
             dim.dim_value = size
-    known = {v.name: v for v in [*onnx.shape_inference.infer_shapes(model).graph.value_info, *model.graph.output]}
+    known = {
+        v.name: v for v in [*onnx.shape_inference.infer_shapes(model).graph.value_info, *model.graph.output]
+    }
     found: dict[str, tuple[int, ...]] = {}
     for name in tensors:
-        dims = known[name].type.tensor_type.shape.dim if name in known else [None]
-        if all(d is not None and d.HasField("dim_value") for d in dims):
-            found[name] = tuple(d.dim_value for d in dims)
+        kind = known[name].type.tensor_type if name in known else None
+        if (
+            kind is not None
+            and kind.HasField("shape")
+            and all(d.HasField("dim_value") for d in kind.shape.dim)
+        ):
+            found[name] = tuple(d.dim_value for d in kind.shape.dim)
     rest = [t for t in tensors if t not in found]
     if rest:
         fresh = onnx.load(str(graph.path), load_external_data=False)
@@ -122,7 +130,9 @@ def _first_bad(graph: Graph, sample: Mapping[str, Array], seen: str) -> str:
     from portcall.exporters import _structure
 
     model = onnx.load(str(graph.path), load_external_data=False)
-    kinds = {v.name: v.type.tensor_type.elem_type for v in [*_structure.tensor_types(model), *model.graph.output]}
+    kinds = {
+        v.name: v.type.tensor_type.elem_type for v in [*_structure.tensor_types(model), *model.graph.output]
+    }
     floats = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16)
     makers = {t: n for n in model.graph.node for t in n.output if kinds.get(t) in floats}
     path = _write(model, graph.path, list(makers))
@@ -156,7 +166,9 @@ class _Buffers:
         self.arrays: dict[str, Array] = {}
 
 
-def _run(session: Any, buffers: _Buffers, wanted: frozenset[str], sample: Mapping[str, Array]) -> Iterator[tuple[str, Array]]:
+def _run(
+    session: Any, buffers: _Buffers, wanted: frozenset[str], sample: Mapping[str, Array]
+) -> Iterator[tuple[str, Array]]:
     from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, RuntimeException
 
     yield from ((name, array) for name, array in sample.items() if name in wanted)

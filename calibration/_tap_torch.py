@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from portcall.calibration.taps import Array, Pass, Runner, Tap
+from portcall.calibration.taps import Array, Pass, Tap
 from portcall.targets.agent.contract import Graph
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from portcall.calibration._auto_onnx import quantizer
 from portcall.calibration.table import Choice, Section
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 
 CANDIDATES = ("minmax", "percentile:99.999", "percentile:99.99", "percentile:99.9", "mse", "entropy")
 HELD_BACK_AT_MOST = 64
-AT_MOST_S = 300.0
+AT_MOST_S = 120.0
 """For each of the two comparisons of a scheme: no further sample is begun after that."""
 
 
@@ -29,14 +31,13 @@ def held_every(n: int) -> int:
     return 0 if n < 2 else min(n, max(10, -(-n // HELD_BACK_AT_MOST)))
 
 
-def with_choices(
-    work: Workspace, graph: Graph, backend: str | None, section: Section
-) -> Section:
+def with_choices(work: Workspace, graph: Graph, backend: str | None, section: Section) -> Section:
     """Return the section of an ONNX graph with a method chosen for every tensor, for either kind of ranges.
 
-    Each tensor is quantized alone, all others in float, with the range of each candidate; the candidate whose outputs
-    are nearest to those of the float graph on the samples that were held back is chosen. Where one method for all tensors is
-    better on the same samples than the choices together, that one is taken for all.
+    Each tensor is quantized alone, all others in float, with the range of each candidate, and the outputs are compared
+    with those of the float graph on the samples held back. A tensor leaves the method that is best for all tensors at
+    once only for one that is significantly better for it. Where that method is better on the same samples than the
+    choices together, it is taken for all.
     """
     job = {"graph": graph.to_json(), "tensors": list(section.histograms)}
     planned = work.call("portcall.calibration._auto_onnx:plan", job, "plan auto", backend)
@@ -91,20 +92,39 @@ def _choose(
         return found
 
     scheme = "symmetric" if symmetric else "asymmetric"
-    first = measured([[[names.index(t), q]] for t, _, q in alone], f"choose {scheme}")
-    best: dict[str, tuple[float, str]] = {}
-    for (tensor, method, _), error in zip(alone, first["errors"], strict=True):
-        best[tensor] = min(best.get(tensor, (error, method)), (error, method), key=lambda e: e[0])
-    methods = {t: best[t][1] if t in best else CANDIDATES[0] for t in watched}
-    whole = {"auto": methods, **{m: dict.fromkeys(watched, m) for m in CANDIDATES}}
-    settings = [[[names.index(t), quantizers[t][m]] for t, m in by.items()] for by in whole.values()]
-    second = measured(settings, f"compare {scheme}")
-    errors = dict(zip(whole, second["errors"], strict=True))
-    winner = min(errors, key=lambda m: errors[m])  # "auto" of equal ones
-    sqnr_db = {m: round(-10 * math.log10(max(e, 1e-30)), 2) for m, e in errors.items()}
-    usual = winner if winner != "auto" else CANDIDATES[0]
-    chosen = {t: whole[winner].get(t, usual) for t in names}
-    return Choice(chosen, first["n"], sqnr_db)
+    uniform = [[[names.index(t), quantizers[t][m]] for t in watched] for m in CANDIDATES]
+    found = measured([*([[names.index(t), q]] for t, _, q in alone), *uniform], f"choose {scheme}")
+    errors = np.array(found["errors"])
+    together = dict(zip(CANDIDATES, errors[len(alone) :].mean(axis=1).tolist(), strict=True))
+    base = min(together, key=lambda m: together[m])
+    per_tensor: dict[str, dict[str, Any]] = {}
+    for (tensor, method, _), error in zip(alone, errors, strict=False):
+        per_tensor.setdefault(tensor, {})[method] = error
+    methods = dict.fromkeys(names, base)
+    for tensor, by_method in per_tensor.items():
+        stands_for = tries[tensor][quantizers[tensor][base]]
+        methods[tensor] = _significantly_best(by_method, stands_for)
+    chosen = [[[names.index(t), quantizers[t][methods[t]]] for t in watched]]
+    together["auto"] = float(np.mean(measured(chosen, f"check {scheme}")["errors"]))
+    if together["auto"] > together[base]:
+        methods, together["auto"] = dict.fromkeys(names, base), together[base]
+    sqnr_db = {m: round(-10 * math.log10(max(e, 1e-30)), 2) for m, e in together.items()}
+    return Choice(methods, found["n"], sqnr_db)
+
+
+def _significantly_best(errors: Mapping[str, Any], base: str) -> str:
+    """Return the method of the least mean error among those better than *base* by two standard errors, else *base*.
+
+    errors: per method float64[samples]; the difference is paired by sample. Few samples hold few of the rare large
+    values that a tight range clips: taking the least error as it is chooses too tight a range.
+    """
+    better = {base: errors[base].mean()}
+    for method, error in errors.items():
+        gain = errors[base] - error
+        spread = gain.std(ddof=1) / math.sqrt(len(gain)) if len(gain) > 1 else math.inf
+        if gain.mean() > 2 * spread:
+            better[method] = error.mean()
+    return min(better, key=lambda m: better[m])
 
 
 def transferred(section: Section, chosen: Section) -> Section:

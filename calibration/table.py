@@ -105,10 +105,7 @@ class Section:
     def ranges(self, method: str, symmetric: bool = False, bits: int = 8) -> dict[str, Range]:
         """Return the range of every tensor by *method*. Raises BadInput for an unknown one, or ``auto`` not stored."""
         check_method(method)
-        if method == "auto":
-            methods = self.chosen(symmetric)
-        else:
-            methods = dict.fromkeys(self.histograms, method)
+        methods = self.chosen(symmetric) if method == "auto" else dict.fromkeys(self.histograms, method)
         found = {}
         for name, histogram in self.histograms.items():
             derived = derive(histogram, methods[name], symmetric, bits)
@@ -230,7 +227,9 @@ class CalibrationTable:
                         f"{path} has schema {table['schema']!r}, this portcall reads {SCHEMA}",
                         "Calibrate again",
                     )
-                sections = [_unpacked(archive, number, entry) for number, entry in enumerate(table["sections"])]
+                sections = [
+                    _unpacked(archive, number, entry) for number, entry in enumerate(table["sections"])
+                ]
         except _MALFORMED as error:
             raise BadInput(f"{path} is not a calibration table: {error}", "Calibrate again") from error
         return CalibrationTable({s.graph_sha256: s for s in sections})
@@ -319,7 +318,8 @@ def _unpacked(archive: zipfile.ZipFile, number: int, entry: Mapping[str, Any]) -
         step=int(entry["step"]),
         held_every=int(entry["held_every"]),
         choices={
-            k: Choice(dict(c["methods"]), int(c["n"]), dict(c["sqnr_db"])) for k, c in entry["choices"].items()
+            k: Choice(dict(c["methods"]), int(c["n"]), dict(c["sqnr_db"]))
+            for k, c in entry["choices"].items()
         },
     )
 

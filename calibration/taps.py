@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,8 @@ def observe(arguments: Mapping[str, Any], progress: Callable[[int, int | None], 
     """Run calibration samples through a graph and write what its tensors held to *output*, a table of one section.
 
     arguments: graph; plan (of ``plan_onnx``, else None); data (a DataRecord); planned [start, stop); shard: the part
-    of it to run; step; held_every; threads; checkpoint and output (paths). Saves its state to *checkpoint* now and then, and goes
-    on from there where one is found. Raises BadInput without samples or where DATA ends early, CellFailed where the
+    of it to run; step; held_every; threads; checkpoint and output (paths). Saves its state to *checkpoint* now and
+    then, and goes on from there where one is found. Raises BadInput without samples or where DATA ends early, CellFailed where the
     network itself makes NaN or infinity (names tensor, node and sample).
     """
     graph, record = Graph.from_json(arguments["graph"]), DataRecord(**arguments["data"])
@@ -76,12 +77,11 @@ def observe(arguments: Mapping[str, Any], progress: Callable[[int, int | None], 
             held_every=arguments["held_every"],
         )
 
-    saved = time.monotonic()
+    saved, total = time.monotonic(), (last - first) * len(passes)
     for number, one in enumerate(passes[at_pass:], at_pass):
         samples = _Samples(data.with_slice(record.start + position, record.start + last), position, arguments)
         with _Team(one, state, tap.first_bad) as team:
-            total = (last - first) * len(passes)
-            while team.run(samples, lambda at, before=number * (last - first): progress(before + at - first, total)):  # type: ignore[misc]  # mypy cannot infer a lambda's default
+            while team.run(samples, partial(_report, progress, number * (last - first) - first, total)):
                 position = samples.position
                 if checkpoint is not None and time.monotonic() - saved > SAVE_EVERY_S:
                     CalibrationTable({}).with_section(section(position)).save(checkpoint)
@@ -107,6 +107,10 @@ class Tap:
     passes: Sequence[Pass]
     axes: Mapping[str, int]
     first_bad: Callable[[Mapping[str, Array], str], str]
+
+
+def _report(progress: Callable[[int, int | None], None], before: int, total: int, position: int) -> None:
+    progress(before + position, total)
 
 
 class _Samples:
@@ -228,7 +232,9 @@ class _Team:
                 with lock:
                     try:
                         sample = None if errors else next(block, None)
-                    except Exception as error:  # DATA that cannot be read on; raised below, in the caller's thread
+                    except (
+                        Exception
+                    ) as error:  # DATA that cannot be read on; raised below, in the caller's thread
                         errors.append((-1, error))
                         return
                     if sample is None:

@@ -32,11 +32,14 @@ def lower(source: Source, directory: Path) -> Graph:
     """
     import onnx
 
+    from portcall.exporters import _float32
+
     raw = directory / "raw.onnx"
     if source.format == "onnx":
         raw = source.path
     else:
         _export_torch(source, raw)
+    raw = _float32.converted(raw, directory / "raw.onnx")
     path = directory / "graph.onnx"
     _optimize(raw, path)
     model = onnx.load(str(path), load_external_data=False)
@@ -92,8 +95,11 @@ def _optimize(raw: Path, path: Path) -> None:
     opsets = [o for o in model.opset_import if o.domain in used or (o.domain == "ai.onnx" and "" in used)]
     del model.opset_import[:]
     model.opset_import.extend(opsets)
+    names: Set[str] = set()
     for number, node in enumerate(model.graph.node):
-        node.name = node.name or f"{node.op_type}_{number}"
+        if not node.name or node.name in names:
+            node.name = f"{node.name or node.op_type}_{number}"
+        names.add(node.name)
         del node.metadata_props[:]
     del model.metadata_props[:]
     data = path.with_name(path.name + ".data")

@@ -90,15 +90,15 @@ def quantize(
     options = options or {}
     scheme = scheme_of(options)
     check_computable(scheme)
+    model = onnx.load(str(graph.path))
+    check_no_control_flow(model)
+    _check_float32(model)
     missing = [n for n in tapped_tensors(graph.path) if n not in ranges]
     if missing:
         raise CellFailed(
             f"the calibration table lacks {len(missing)} tensors of this graph, first {missing[0]!r}",
             "Calibrate again with this version of portcall",
         )
-    model = onnx.load(str(graph.path))
-    check_no_control_flow(model)
-    _check_float32(model)
     _structure.raise_opset(model, 13 if scheme.per_channel else 10)  # DequantizeLinear has an axis since 13
     given = {n: (np.float32(r.minimum), np.float32(r.maximum)) for n, r in ranges.items()}
     absorbed = _absorbed(model.graph)
@@ -110,7 +110,7 @@ def quantize(
             beyond.add(raw)
     sentinels = [n.name for n in model.graph.node if beyond & {*n.input, *n.output}]
     kept = kept_in_float(model.graph, options)
-    excluded = {*sentinels, *kept, *_seen_activations(model.graph)}
+    excluded = {*sentinels, *kept, *_left_alone(model.graph)}
     notes = float_notes(sentinels) + kept_notes(kept)
     if options.get("bias_correction"):
 
@@ -202,21 +202,41 @@ def _absorbed(graph: Any) -> Dict[str, str]:
     ``adjust_tensor_ranges``; a test exports with nothing but the ranges of ``tapped_tensors``.
     """
     ends = {v.name for v in [*graph.input, *graph.output]}
-    counts = Counter(name for node in graph.node for name in node.input)
+    constants = {t.name: t for t in graph.initializer}
     return {
         n.input[0]: n.output[0]
-        for n in graph.node
-        if n.op_type in ("Relu", "Clip") and counts[n.input[0]] == 1 and n.input[0] not in ends
+        for n in _sole_activations(graph)
+        if n.input[0] not in ends and _passes_zero(n, constants)
     }
 
 
-def _seen_activations(graph: Any) -> List[str]:
-    """Return the Relu and Clip nodes whose input is an output of the graph as well.
+def _left_alone(graph: Any) -> List[str]:
+    """Return the Relu and Clip nodes that ONNX Runtime would absorb and must not.
 
-    ONNX Runtime 1.31 would cut that output to the range behind the Relu: such a Relu is no business of the quantizer's.
+    It cuts a tensor that is an output of the graph as well, and takes a Clip from 1e-6 for one from 0.
     """
-    outputs = {v.name for v in graph.output}
-    return [n.name for n in graph.node if n.op_type in ("Relu", "Clip") and n.input[0] in outputs]
+    absorbed = set(_absorbed(graph).values())
+    return [n.name for n in _sole_activations(graph) if n.output[0] not in absorbed]
+
+
+def _sole_activations(graph: Any) -> List[Any]:
+    """Return the Relu and Clip nodes whose input nothing else reads."""
+    counts = Counter(name for node in graph.node for name in node.input)
+    return [n for n in graph.node if n.op_type in ("Relu", "Clip") and counts[n.input[0]] == 1]
+
+
+def _passes_zero(node: Any, constants: Mapping[str, Any]) -> bool:
+    """Tell whether zero lies within the constant bounds of a Clip, and so its cut-off in the range of its output."""
+    from onnx import numpy_helper
+
+    from portcall.exporters._operands import attribute
+
+    bounds = [attribute(node, "min", 0.0), attribute(node, "max", 0.0)]  # up to operator set 10
+    for index, name in enumerate(node.input[1:]):
+        if name and name not in constants:
+            return False
+        bounds[index] = float(numpy_helper.to_array(constants[name]).reshape(-1)[0]) if name else 0.0
+    return bool(bounds[0] <= 0.0 <= bounds[1])
 
 
 def _check_float32(model: Any) -> None:

@@ -48,6 +48,8 @@ def quantize(
     if options.get("bias_correction") and precision != "fp16":
         notes += _tflite_correction.correct(model, ranges, scheme, kept)
         flatbuffer = _tflite._write(model)
+    if precision == "int8-weights":
+        _check_any_weight(model, kept)
     work = quantizer.Quantizer(bytearray(flatbuffer))
     _add_recipe(work, precision, scheme)
     everything = qtyping.TFLOperationName.ALL_SUPPORTED
@@ -86,6 +88,21 @@ def _check_weights(precision: str, scheme: Scheme, operators: Sequence[Tuple[str
             f"LiteRT's dynamic depthwise kernel needs a scale per channel: {len(depthwise)} operators, "
             f"first {depthwise[0]!r}",
             'Use "weights": "channel"',
+        )
+
+
+def _check_any_weight(model: Any, kept: Sequence[str]) -> None:
+    """Raise UnsupportedError where no weight becomes int8: nothing else would tell that from a float file."""
+    from portcall.exporters import _tflite
+
+    named = {
+        _tflite.operator_name(model, op): _tflite.weight_of(model, op, k)
+        for op, k in _tflite.operators(model)
+    }
+    if all(weight is None or name in kept for name, weight in named.items()):
+        raise UnsupportedError(
+            "int8-weights: this model has no convolution or product with a constant weight left to quantize",
+            "Use fp32 or fp16",
         )
 
 
@@ -131,8 +148,9 @@ def _activation_ranges(model: Any, tapped: Mapping[int, str], ranges: Ranges) ->
 def _weight_ranges(model: Any, precision: str, scheme: Scheme, ranges: Optional[Ranges]) -> Dict[str, Any]:
     """Return statistics of the weights for which the quantizer's own scale, max|w| / 127, goes wrong.
 
-    Of all-zero channels it makes 1e-9 / 127, and then cuts their bias off at 2**31 steps; here their scale is 1. The
-    same happens to channels that are nearly zero: as in ONNX Runtime their scale grows until the bias fits int32.
+    Of all-zero channels it makes 1e-9 / 127, and then cuts their bias off at 2**31 steps (of int64 as well); here their
+    scale is 1. The same happens to channels that are nearly zero: as in ONNX Runtime their scale grows until the bias
+    fits int32.
     """
     import numpy as np
 
@@ -150,9 +168,10 @@ def _weight_ranges(model: Any, precision: str, scheme: Scheme, ranges: Optional[
         wanted = np.where(largest == 0, np.float32(127), largest)
         bias = _tflite.constant(model, int(op.inputs[2])) if len(op.inputs) > 2 else None
         given = ranges.get(tensors[op.inputs[0]].name.decode()) if ranges is not None else None
-        if precision == "int8" and bias is not None and given is not None:
-            input_scale = max((max(given.maximum, 0.0) - min(given.minimum, 0.0)) / 255, 1e-9)
-            least = 2 * 127 * np.abs(bias) / (input_scale * 2**31)
+        if precision in STATIC and bias is not None and given is not None:
+            low, high = min(given.minimum, 0.0), max(given.maximum, 0.0)
+            input_scale = (high - low) / 255 if precision == "int8" else max(-low, high) / 32767
+            least = 2 * 127 * np.abs(bias) / (max(input_scale, 1e-9) * 2**31)
             shape = [-1 if a == axis else 1 for a in range(weight.ndim)]
             wanted = np.maximum(wanted, least.reshape(shape) if scheme.per_channel else least.max())
         if (wanted != largest).any():

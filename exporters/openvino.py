@@ -25,7 +25,7 @@ from portcall.targets.agent.contract import (
     Unavailable,
     Workload,
 )
-from portcall.targets.agent.errors import CellFailed
+from portcall.targets.agent.errors import CellFailed, UnsupportedError
 from portcall.targets.agent.probing import probe_modules
 
 
@@ -48,6 +48,11 @@ def export(graph: Graph, recipe: Recipe, ranges: Optional[Ranges], directory: Pa
     onnx_path = graph.path
     if recipe.precision == "int8":
         assert ranges is not None
+        if recipe.options.get("weight_symmetric", True) is False:
+            raise UnsupportedError(
+                "OpenVINO's CPU plugin computes convolutions with asymmetric weights in float32",
+                'Leave out "weight_symmetric": false',
+            )
         onnx_path = directory / "qdq.onnx"
         _, notes = _qdq.quantize(graph, ranges, onnx_path, recipe.options)
     model = ov.convert_model(str(onnx_path))

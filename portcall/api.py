@@ -24,12 +24,12 @@ from portcall.calibrating import (
     run_show,
 )
 from portcall.cells import ExportPlan, recipe_options
-from portcall.core import Artifact, BadInput, PortcallError, Workload, parse_cells
+from portcall.core import Artifact, BadInput, PortcallError, UnavailableError, Workload, parse_cells
 from portcall.exporters import backend_names, get_backend
 from portcall.pipeline import run_export
 from portcall.progress import Reporter
 from portcall.targets import get_target, target_names
-from portcall.targets.agent.contract import Session
+from portcall.targets.agent.contract import Session, Unavailable
 from portcall.verification import run_verify
 from portcall.workspace import DataArgument, open_workspace
 
@@ -64,8 +64,8 @@ def export(
 ) -> dict[str, Any]:
     """Export *model* to every ``BACKEND:PRECISION`` in *to*, verify each, and leave artifacts in *output*.
 
-    keep_float: layers left in float, by name, glob or "type:OPERATOR". weights: what shares a scale ("channel", "tensor",
-    "group32", ...). bias_correction, equalize: see the documentation of calibration.
+    keep_float: layers left in float, by name, glob or "type:OPERATOR". weights: what shares a scale ("channel",
+    "tensor", "group32", ...). bias_correction, equalize: see the documentation of calibration.
     Returns {"schema", "results": [...]}; a cell that could not be exported holds its reason and fix. Raises
     BadInput where nothing could be run at all.
     """
@@ -197,7 +197,9 @@ def ranges(
     write: "qnn" (quantization overrides) or "tensorrt-cache" (implies symmetric) puts them into *output*.
     Returns {"schema", "ranges": [{"tensor", "method", "minimum", "maximum", "scale", "zero_point"}]}.
     """
-    entries = run_ranges(Path(table), method, kind, symmetric, write, None if output is None else Path(output))
+    entries = run_ranges(
+        Path(table), method, kind, symmetric, write, None if output is None else Path(output)
+    )
     return {"schema": SCHEMA, "table": str(table), "kind": kind, "method": method, "ranges": entries}
 
 
@@ -205,7 +207,8 @@ def show(table: str | Path, tensor: str) -> dict[str, Any]:
     """Return the histogram of one tensor of a table, and its ranges by every method.
 
     Returns {"schema", "kind", "tensor", "n", "minimum", "maximum", "counts", "edges", "ranges": {method:
-    {"asymmetric" | "symmetric": [minimum, maximum]}}, "chosen": {scheme: method}}. Raises BadInput for an unknown tensor.
+    {"asymmetric" | "symmetric": [minimum, maximum]}}, "chosen": {scheme: method}}. Raises BadInput for an
+    unknown tensor.
     """
     return {"schema": SCHEMA, "table": str(table), **run_show(Path(table), tensor)}
 
@@ -278,6 +281,9 @@ class LoadedArtifact:
 def load(artifact: str | Path, *, threads: int = 1) -> LoadedArtifact:
     """Load an artifact into this process, its files checked by hash: ``portcall.load(a).infer({"x": array})``."""
     opened, _ = artifacts.open_artifact(Path(artifact).resolve())
+    found = get_backend(opened.backend).probe("run")
+    if isinstance(found, Unavailable):
+        raise UnavailableError(found.reason, found.fix)
     stack = contextlib.ExitStack()
     session = stack.enter_context(get_backend(opened.backend).load(opened, Workload(threads=threads)))
     return LoadedArtifact(opened, session, stack)

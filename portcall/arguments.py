@@ -9,7 +9,9 @@ from typing import Any, NoReturn
 from portcall import __version__
 
 MODEL_HELP = "model.onnx, model.pt2, or package.module:factory (a .pt2 or a factory runs code, in a worker)"
-METHOD_HELP = "minmax (default), percentile[:99.99], entropy, mse, or auto: chosen per tensor on held-back samples"
+METHOD_HELP = (
+    "minmax (default), percentile[:99.99], entropy, mse, or auto: chosen per tensor on held-back samples"
+)
 DATA_HELP = "x.npz keyed by input name, a folder of .npy or of images (--preprocess), package.module:callable"
 
 
@@ -132,7 +134,11 @@ def _calibrate(commands: Any) -> None:
         help="observe this part of the samples only; add up the parts with portcall merge",
     )
     parser.add_argument(
-        "--subsample", type=_count, default=1, metavar="K", help="count every K-th value only (extremes stay exact)"
+        "--subsample",
+        type=_count,
+        default=1,
+        metavar="K",
+        help="count every K-th value only (extremes stay exact)",
     )
     _equalize_option(parser)
     parser.add_argument(
@@ -143,7 +149,9 @@ def _calibrate(commands: Any) -> None:
 
 def _equalize_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--equalize", action="store_true", help="cross-layer equalization of the weights first (depthwise networks)"
+        "--equalize",
+        action="store_true",
+        help="cross-layer equalization of the weights first (depthwise networks)",
     )
 
 
@@ -155,7 +163,9 @@ def _merge(commands: Any) -> None:
         "portcall merge part1.pctable part2.pctable -o model.pctable",
     )
     parser.add_argument("parts", nargs="+", metavar="TABLE", help="written by portcall calibrate --shard I/N")
-    parser.add_argument("-o", "--output", default="table.pctable", metavar="FILE", help="default: table.pctable")
+    parser.add_argument(
+        "-o", "--output", default="table.pctable", metavar="FILE", help="default: table.pctable"
+    )
 
 
 def _ranges(commands: Any) -> None:

@@ -141,7 +141,9 @@ def observe(
     number, of = options.shard
     shard = (record.n * (number - 1) // of, record.n * number // of)
     if shard[0] == shard[1]:
-        raise BadInput(f"{record.n} samples cannot be cut into {of} shards", "Use fewer shards, or more samples")
+        raise BadInput(
+            f"{record.n} samples cannot be cut into {of} shards", "Use fewer shards, or more samples"
+        )
     plan: dict[str, Any] | None = None
     if graph.kind == "onnx":
         job: dict[str, Any] = {
@@ -187,7 +189,9 @@ def observe(
         "peak_rss_bytes": seen["peak_rss_bytes"],
         "resumed_from": seen["resumed_from"],
         "step": options.step,
-        "quantile_error": None if options.step == 1 or not fewest else math.sqrt(math.log(2 / 0.05) / (2 * fewest)),
+        "quantile_error": None
+        if options.step == 1 or not fewest
+        else math.sqrt(math.log(2 / 0.05) / (2 * fewest)),
         "choices": {k: {**c.to_json(), "methods": _tally(c.methods)} for k, c in section.choices.items()},
         "seconds": round(time.perf_counter() - start, 3),
     }
@@ -279,7 +283,9 @@ def find_section(table: CalibrationTable, path: Path, kind: str) -> Section:
         if section.kind == kind:
             return section
     kinds = ", ".join(s.kind for s in table.sections.values()) or "none"
-    raise BadInput(f"{path} holds no section of kind {kind!r}; it holds: {kinds}", "Choose one of these with --kind")
+    raise BadInput(
+        f"{path} holds no section of kind {kind!r}; it holds: {kinds}", "Choose one of these with --kind"
+    )
 
 
 def run_show(path: Path, tensor: str) -> dict[str, Any]:

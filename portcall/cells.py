@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import os
 import shutil
 import tempfile
 import time
@@ -130,6 +129,7 @@ class Cells:
                     "graph": graph.to_json(),
                     "recipe": recipe.to_json(),
                     "ranges": None if section is None else _plain(_ranges(section, recipe, precision)),
+                    "equalize": self._plan.equalize,
                     "directory": str(staging),
                 },
                 f"export {cell}",

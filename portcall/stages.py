@@ -7,7 +7,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -169,8 +169,16 @@ def export(arguments: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
         "inputs": [t.to_json() for t in exported.inputs],
         "outputs": [t.to_json() for t in exported.outputs],
         "versions": dict(exported.versions),
-        "notes": list(exported.notes),
+        "notes": [*exported.notes, *_equalization(graph, arguments)],
     }
+
+
+def _equalization(graph: Graph, arguments: Mapping[str, Any]) -> Sequence[str]:
+    if not arguments["equalize"]:
+        return ()
+    from portcall.exporters import _equalize
+
+    return _equalize.notes(graph)
 
 
 def census(arguments: Mapping[str, Any], progress: Progress) -> dict[str, Any]:

@@ -84,7 +84,6 @@ class Workspace:
         if not found["available"]:
             raise UnavailableError(found["reason"], found["fix"])
 
-
     def must_interpret(self, backend: Backend) -> bool:
         """Tell whether artifacts of *backend* are verified by its interpreter, since its runtime is not at hand.
 
@@ -133,7 +132,9 @@ def read_data(
         "stop": stop,
     }
     found = work.call("portcall.stages:check_data", job, f"read {what}")
-    return DataRecord(spec, data.preprocess, start, stop, found["sha256"], found["n"], found["largest"]), found
+    return DataRecord(
+        spec, data.preprocess, start, stop, found["sha256"], found["n"], found["largest"]
+    ), found
 
 
 def with_data_shapes(

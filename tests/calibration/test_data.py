@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from portcall.calibration.data import Data, open_data
-from portcall.calibration.data import survey
+from portcall.calibration.data import Data, open_data, survey
 from portcall.calibration.preprocess import PREPROCESSINGS
 from portcall.targets.agent.contract import TensorSpec
 from portcall.targets.agent.errors import BadInput, UnavailableError

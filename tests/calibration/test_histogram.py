@@ -147,7 +147,8 @@ def test_a_step_counts_every_so_many_and_keeps_the_exact_range(values: Array, st
 @pytest.mark.parametrize("step", [2, 4, 8, 16, 100])
 def test_a_step_leaves_no_column_of_an_image_out(step: int, kernel: str) -> None:
     columns = np.broadcast_to(np.arange(16, dtype=np.float32), (3, 32, 16))
-    assert np.count_nonzero(counted(np.ascontiguousarray(columns), step=step).counts) == min(16, -(-1536 // through(1536, step)))
+    found = counted(np.ascontiguousarray(columns), step=step)
+    assert np.count_nonzero(found.counts) == min(16, found.n) and found.n == -(-1536 // through(1536, step))
 
 
 def test_a_step_starts_at_the_first_element_of_each_array(kernel: str) -> None:

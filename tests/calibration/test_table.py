@@ -91,7 +91,10 @@ def refused(path: Path, match: str) -> BadInput:
 def same(left: CalibrationTable, right: CalibrationTable) -> bool:
     def plain(one: CalibrationTable) -> Any:
         return {
-            k: ({f: getattr(s, f) for f in s.__slots__ if f != "means"}, {n: m.tolist() for n, m in s.means.items()})
+            k: (
+                {f: getattr(s, f) for f in s.__slots__ if f != "means"},
+                {n: m.tolist() for n, m in s.means.items()},
+            )
             for k, s in one.sections.items()
         }
 

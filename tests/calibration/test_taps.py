@@ -154,7 +154,11 @@ def test_many_samples_or_few_the_plan_keeps_to_its_budget(tmp_path: Path, sample
         return taps.plan_onnx(job, None)
 
     one = plan(1 << 30)
-    assert one["bytes"] == 3 * 4 * 8 * 8 * 4 and (len(one["passes"]), one["width"], one["threads"]) == (1, 4, 1)
+    assert one["bytes"] == 3 * 4 * 8 * 8 * 4 and (len(one["passes"]), one["width"], one["threads"]) == (
+        1,
+        4,
+        1,
+    )
     assert [plan(k * one["bytes"])["width"] for k in (1, 2, 3)] == [1, 2, 3]
     assert plan(2 * one["bytes"])["threads"] == 2
     split = plan(one["bytes"] - 1)
@@ -177,7 +181,11 @@ def test_shards_add_up_to_the_very_same_table(tmp_path: Path, samples: dict[str,
 @pytest.mark.parametrize("budget_bytes", [1 << 28, 1024], ids=["one pass", "several passes"])
 @pytest.mark.parametrize("stop_at", [2, 7, 18])
 def test_an_interrupted_run_goes_on_from_what_it_saved(
-    tmp_path: Path, samples: dict[str, Array], monkeypatch: pytest.MonkeyPatch, stop_at: int, budget_bytes: int
+    tmp_path: Path,
+    samples: dict[str, Array],
+    monkeypatch: pytest.MonkeyPatch,
+    stop_at: int,
+    budget_bytes: int,
 ) -> None:
     graph = graph_of(conv_add_mul(tmp_path / "m.onnx"))
     record = data(tmp_path / "d.npz", **samples)
@@ -185,7 +193,7 @@ def test_an_interrupted_run_goes_on_from_what_it_saved(
     monkeypatch.setattr(taps, "SAVE_EVERY_S", 0.0)
     monkeypatch.setattr(taps, "BLOCK", 3)
     checkpoint = tmp_path / "checkpoint"
-    original, runs = taps.CalibrationTable.save, 0
+    original, runs = CalibrationTable.save, 0
 
     def save(table: CalibrationTable, path: Path) -> None:
         nonlocal runs
@@ -194,14 +202,16 @@ def test_an_interrupted_run_goes_on_from_what_it_saved(
         if runs == stop_at:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(taps.CalibrationTable, "save", save)
-    tensors = [5] if budget_bytes > 1024 else [3, 1, 1]  # per pass; each saves after 3, 6, ... 18 and 20 samples
+    monkeypatch.setattr(CalibrationTable, "save", save)
+    tensors = (
+        [5] if budget_bytes > 1024 else [3, 1, 1]
+    )  # per pass; each saves after 3, 6, ... 18 and 20 samples
     passes_done, blocks_done = divmod(stop_at, 7)
     interrupted = passes_done < len(tensors)
     if interrupted:
         with pytest.raises(KeyboardInterrupt):
             tap(graph, record, tmp_path, checkpoint=str(checkpoint), budget_bytes=budget_bytes)
-    monkeypatch.setattr(taps.CalibrationTable, "save", original)
+    monkeypatch.setattr(CalibrationTable, "save", original)
     seen: list[int] = []
     first = taps._Observer.add
 
@@ -232,7 +242,9 @@ def test_counting_every_kth_value_keeps_the_extremes(tmp_path: Path, samples: di
     for name, histogram in whole.histograms.items():
         other = part.histograms[name]
         assert (other.minimum, other.maximum) == (histogram.minimum, histogram.maximum)
-        assert histogram.n // 12 <= other.n <= histogram.n // 8  # a step from 8 on without a factor of the size
+        assert (
+            histogram.n // 12 <= other.n <= histogram.n // 8
+        )  # a step from 8 on without a factor of the size
         # the largest distance of the two distribution functions, within what the table says of it
         distance = np.abs(np.cumsum(other.counts) / other.n - np.cumsum(histogram.counts) / histogram.n).max()
         assert distance <= np.sqrt(np.log(2 / 0.05) / (2 * other.n)), name
@@ -310,7 +322,8 @@ def test_nan_inside_the_network_is_named_with_its_tensor_and_sample(tmp_path: Pa
     values = np.ones((6, 4), np.float32)
     values[4, 2] = -1.0
     with pytest.raises(
-        CellFailed, match="tensor 'logarithm', made by Log 'log', holds NaN or infinity for calibration sample 4"
+        CellFailed,
+        match="tensor 'logarithm', made by Log 'log', holds NaN or infinity for calibration sample 4",
     ) as caught:
         observe(graph, data(tmp_path / "d.npz", x=values))
     assert "check that sample and the layer" in caught.value.fix
@@ -322,7 +335,9 @@ def test_infinity_inside_the_network_is_named(tmp_path: Path) -> None:
         helper.make_node("Tanh", ["square"], ["y"], "tanh"),
     ]
     graph = graph_of(write_onnx(tmp_path / "m.onnx", nodes, {"x": [1, 4]}, {"y": [1, 4]}, {}))
-    with pytest.raises(CellFailed, match="'square', made by Mul 'mul', holds NaN or infinity for calibration sample 0"):
+    with pytest.raises(
+        CellFailed, match="'square', made by Mul 'mul', holds NaN or infinity for calibration sample 0"
+    ):
         observe(graph, data(tmp_path / "d.npz", x=np.full((2, 4), 1e30, np.float32)))
 
 

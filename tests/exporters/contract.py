@@ -27,7 +27,7 @@ import tests.models
 from portcall import artifact as artifacts
 from portcall.core import BadInput, Cell, CellFailed, UnsupportedError, parse_cells
 from portcall.exporters import backend_names, get_backend
-from portcall.targets.agent.contract import Backend
+from portcall.targets.agent.contract import Backend, Unavailable
 from portcall.worker import WorkerPool
 
 Array = np.ndarray[Any, Any]
@@ -192,7 +192,8 @@ class BackendContract:
     runtime: top-level modules that example.py and running need, numpy aside. export_needs: further ones that
     exporting imports; export_finds: those that its probe only looks for, since importing them takes seconds.
     models: keys of ``conftest.models``; refused_models: those that it must refuse by name. floors_db: the lowest
-    SQNR that passes, per precision. dynamic: whether artifacts keep the source's dynamic dimensions.
+    SQNR that passes, per precision. dynamic: whether artifacts keep the source's dynamic dimensions. interpreted:
+    artifacts are verified without the runtime where it is missing, and exporting does not need it.
     """
 
     name: ClassVar[str]
@@ -205,6 +206,7 @@ class BackendContract:
     census_method: ClassVar[str]
     dynamic: ClassVar[bool] = True
     computes: ClassVar[bool] = True
+    interpreted: ClassVar[bool] = False
 
     @property
     def backend(self) -> Backend:
@@ -271,10 +273,18 @@ print(json.dumps(sorted(set(sys.modules) - before)))
         foreign = {m for m in loaded if m.partition(".")[0] not in sys.stdlib_module_names}
         assert foreign <= LIGHT | {f"portcall.exporters.{self.name}"}
 
+    def _need_runtime(self) -> None:
+        """Skip with the probe's reason where a backend that is verified by an interpreter cannot run here."""
+        found = self.backend.probe("run")
+        if isinstance(found, Unavailable) and self.backend.interpret is not None:
+            pytest.skip(f"{self.name} cannot run here: {found.reason}; fix: {found.fix}")
+
     # probe
 
     @pytest.mark.parametrize("role", ["export", "run"])
     def test_probe_says_available_here(self, role: str) -> None:
+        if role == "run":
+            self._need_runtime()
         with WorkerPool() as pool:
             found = pool.call("portcall.targets.agent.jobs:probe", {"backend": self.name, "role": role})
         assert found["available"], found["reason"]
@@ -284,7 +294,7 @@ print(json.dumps(sorted(set(sys.modules) - before)))
     def test_probe_without_its_runtime_says_why_and_what_to_do(self, fault: str) -> None:
         for role, needs in (
             ("run", self.runtime),
-            ("export", (*self.runtime, *self.export_needs, *self.export_finds)),
+            ("export", (*self.export_needs, *self.export_finds, *(() if self.interpreted else self.runtime))),
         ):
             for need in needs:
                 if fault == "broken" and need in self.export_finds:
@@ -387,7 +397,7 @@ print(json.dumps(sorted(set(sys.modules) - before)))
             with pytest.raises(CellFailed, match=f"lacks its file {name}"):
                 portcall.api.load(copy)
             (copy / name).write_bytes(held)
-        portcall.api.load(copy).close()
+        artifacts.open_artifact(copy)
 
     def test_tampered_artifact_fails_verification(self, artifact: Path, tmp_path: Path) -> None:
         copy = shutil.copytree(artifact, tmp_path / "copy")
@@ -416,6 +426,7 @@ print(json.dumps(sorted(set(sys.modules) - before)))
     # running
 
     def test_example_needs_only_the_runtime(self, exports: Exports, tmp_path: Path, model: str) -> None:
+        self._need_runtime()
         copy = shutil.copytree(exports.artifact(model, self.name), tmp_path / "a folder with spaces")
         elsewhere = tmp_path / "elsewhere"
         elsewhere.mkdir()
@@ -431,6 +442,7 @@ print(json.dumps(sorted(set(sys.modules) - before)))
         assert not list(elsewhere.iterdir())
 
     def test_load_and_infer_equal_the_source(self, exports: Exports, model: str) -> None:
+        self._need_runtime()
         artifact = exports.artifact(model, self.name)
         inputs = random_inputs(model, batch=1)
         wanted = source_outputs(model, inputs, artifact)
@@ -447,6 +459,7 @@ print(json.dumps(sorted(set(sys.modules) - before)))
                 np.testing.assert_array_equal(found[name], first[name])
 
     def test_infer_refuses_wrong_inputs(self, artifact: Path) -> None:
+        self._need_runtime()
         inputs = random_inputs(self.models[0], batch=1)
         with portcall.api.load(artifact) as opened:
             with pytest.raises(BadInput, match=r"no input 'x' given\. Give: x"):
@@ -462,6 +475,7 @@ print(json.dumps(sorted(set(sys.modules) - before)))
             )
 
     def test_dynamic_dimensions(self, exports: Exports, model: str) -> None:
+        self._need_runtime()
         for precision, tolerance in (("fp32", 1e-5), ("int8", 0.5)):
             if precision not in self.backend.capabilities.precisions:
                 continue

@@ -32,7 +32,14 @@ class TestOnnxRuntime(BackendContract):
     name = "onnxruntime"
     runtime = ("onnxruntime",)
     export_needs = ("onnx",)
-    floors_db: ClassVar = {"fp32": 120.0, "fp16": 55.0, "int8-dynamic": 30.0, "int8": 18.0}
+    floors_db: ClassVar = {
+        "fp32": 120.0,
+        "fp16": 55.0,
+        "int8-dynamic": 30.0,
+        "int8": 18.0,
+        "int8-weights": 38.0,
+        "int4-weights": 18.0,
+    }
     census_method = "Q/DQ and integer operators of the ONNX graph"
 
 
@@ -44,6 +51,15 @@ class TestOpenVino(BackendContract):
     census_method = "runtime precision of the compiled model on this CPU"
 
 
+class TestTensorRt(BackendContract):
+    name = "tensorrt"
+    runtime = ("tensorrt",)
+    export_needs = ("onnx", "onnxruntime")
+    floors_db: ClassVar = {"fp32": 120.0, "int8": 18.0}
+    census_method = "Q/DQ and integer operators of the ONNX graph"
+    interpreted = True
+
+
 class TestTfLite(BackendContract):
     name = "tflite"
     runtime = ("ai_edge_litert",)
@@ -51,7 +67,14 @@ class TestTfLite(BackendContract):
     export_finds = ("torch", "litert_torch")
     models = ("image", "two_inputs")
     refused_models = ("onnx",)
-    floors_db: ClassVar = {"fp32": 115.0, "fp16": 55.0, "int8-dynamic": 30.0, "int8": 18.0, "int16x8": 18.0}
+    floors_db: ClassVar = {
+        "fp32": 115.0,
+        "fp16": 55.0,
+        "int8-weights": 38.0,
+        "int8-dynamic": 30.0,
+        "int8": 18.0,
+        "int16x8": 18.0,
+    }
     census_method = "operator types of the flatbuffer"
     dynamic = False
 

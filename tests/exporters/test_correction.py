@@ -257,7 +257,7 @@ def test_exports_restore_the_means_of_a_layer(tmp_path: Path, precision: str) ->
             _, notes = _dynamic.quantize(graph, output, options, ranges)
         else:
             _, notes = _weight_only.quantize(graph, precision, ranges, output, options)
-        assert notes == (("bias corrected in 1 layers",) if correction else ())
+        assert [n for n in notes if "bias" in n] == (["bias corrected in 1 layers"] if correction else [])
         errors[correction] = channel_errors(path, output, samples)
     # What is left is the rounding of activations: next to nothing over 288 values, but half a step of a constant.
     step, dead = (ranges["y"].maximum - ranges["y"].minimum) / 255, 4
@@ -271,8 +271,6 @@ def test_layers_kept_in_float_keep_their_bias(tmp_path: Path) -> None:
     path, samples = layer(tmp_path)
     options = {"weights": "tensor", "bias_correction": True, "keep_float": ["conv"]}
     output = tmp_path / "q.onnx"
-    _, notes = _weight_only.quantize(
-        graph_of(path), "int8-weights", onnx_ranges(path, samples), output, options
-    )
+    _, notes = _qdq.quantize(graph_of(path), onnx_ranges(path, samples), output, options)
     assert notes == ("left in float32 as asked (keep_float): conv", "bias corrected in 0 layers")
     assert channel_errors(path, output, samples).max() == 0

@@ -161,6 +161,33 @@ def test_what_something_else_sees_is_tapped(tmp_path: Path, seen: str, tapped: l
         assert sqnr_db(one, other) > 30
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "absorbed"), [(0.0, 6.0, True), (-1.0, 1.0, True), (0.5, 6.0, False)]
+)
+@pytest.mark.parametrize("opset", [10, 18])
+def test_a_clip_from_above_zero_stays(
+    tmp_path: Path, low: float, high: float, absorbed: bool, opset: int
+) -> None:
+    """ONNX Runtime removes every Clip: one that keeps a divisor from zero would be gone."""
+    bounds = {"low": np.float32(low), "high": np.float32(high)} if opset > 10 else {}
+    attributes = {} if bounds else {"min": low, "max": high}
+    nodes = [
+        helper.make_node("Add", ["x", "x2"], ["s"], "add"),
+        helper.make_node("Clip", ["s", *bounds], ["d"], "clip", **attributes),
+        helper.make_node("Div", ["x", "d"], ["y"], "div"),
+    ]
+    held = {k: np.asarray(v) for k, v in bounds.items()}
+    path = write_onnx(tmp_path / "m.onnx", nodes, {"x": [64], "x2": [64]}, {"y": [64]}, held, opset, 5)
+    assert _qdq.tapped_tensors(path) == ["x", "x2", *([] if absorbed else ["s"]), "d"]
+    rng = np.random.default_rng(0)
+    samples = [{k: rng.standard_normal(64).astype(np.float32) for k in ("x", "x2")} for _ in range(2)]
+    model, _, notes = quantized(path, onnx_ranges(path, samples), tmp_path / "q.onnx", weights="tensor")
+    assert ("Clip" in {n.op_type for n in model.graph.node}) == (not absorbed) and notes == ()
+    if not absorbed:
+        wanted, out = ([r[0] for r in run_onnx(p, samples)] for p in (path, tmp_path / "q.onnx"))
+        assert sqnr_db(wanted, out) > 30
+
+
 @pytest.fixture(scope="module")
 def small_graphs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Graph]:
     """The canonical graphs of all small models of ``tests.models``."""

@@ -1,9 +1,8 @@
-"""The flatbuffer side of tflite: alignment, names and dtypes, ranges as given, and the count of its arithmetic."""
+"""The flatbuffer side of tflite: alignment, names and dtypes, tap points, and the count of its arithmetic."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +12,15 @@ from ai_edge_litert import schema_py_generated as schema
 from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
 from portcall.exporters import _tflite
-from portcall.targets.agent.contract import Range, Source, TensorSpec
-from portcall.targets.agent.errors import CellFailed, UnsupportedError
+from portcall.targets.agent.contract import Source, TensorSpec
+from portcall.targets.agent.errors import UnsupportedError
 from tests.exporters.contract import Array, Exports, random_inputs
 
 # ai-edge-quantizer asks LiteRT for it and LiteRT warns that it takes memory.
 pytestmark = pytest.mark.filterwarnings("ignore:(?s).*experimental_preserve_all_tensors:UserWarning")
 
 BACKENDS = ("tflite",)
-PRECISIONS = ("fp32", "fp16", "int8-dynamic", "int8", "int16x8")
-OPERATORS = {v: k for k, v in vars(schema.BuiltinOperator).items() if isinstance(v, int)}
+PRECISIONS = ("fp32", "fp16", "int8-dynamic", "int8-weights", "int8", "int16x8")
 
 
 @pytest.fixture
@@ -35,19 +33,11 @@ def two_inputs(exports: Exports) -> Path:
     return exports.artifact("two_inputs", "tflite") / "model.tflite"
 
 
-def ranges_of(path: Path) -> dict[str, Range]:
-    """Return a different range for every tapped tensor; the first one does not hold zero."""
-    names = list(_tflite.tapped_tensors(path).values())
-    return {n: Range(-1 - i / 8, 2 + i / 4) if i else Range(0.5, 2.0) for i, n in enumerate(names)}
-
-
 def operators(model: Any) -> list[tuple[str, list[int], list[int]]]:
-    found = []
-    for op in model.subgraphs[0].operators:
-        code = model.operatorCodes[op.opcodeIndex]
-        name = OPERATORS[max(code.builtinCode, code.deprecatedBuiltinCode)]
-        found.append((name, [int(i) for i in op.inputs], [int(i) for i in op.outputs]))
-    return found
+    return [
+        (kind, [int(i) for i in op.inputs], [int(i) for i in op.outputs])
+        for op, kind in _tflite.operators(model)
+    ]
 
 
 def run(flatbuffer: bytes, inputs: dict[str, Array]) -> dict[str, Array]:
@@ -104,73 +94,6 @@ def test_writing_again_changes_no_bit_of_any_output(image: Path, two_inputs: Pat
         after = _tflite._write(_tflite._read(before))
         for output, array in run(before, inputs).items():
             np.testing.assert_array_equal(array, run(after, inputs)[output])
-
-
-@pytest.mark.parametrize("precision", ["int8", "int16x8", "int8-dynamic", "fp16"])
-def test_the_quantizers_file_and_ours_give_the_same_bits(
-    image: Path, monkeypatch: pytest.MonkeyPatch, precision: str
-) -> None:
-    read: list[bytes] = []
-    original = _tflite._read
-
-    def recorded(flatbuffer: bytes) -> Any:
-        read.append(flatbuffer)
-        return original(flatbuffer)
-
-    monkeypatch.setattr(_tflite, "_read", recorded)
-    ours, _ = _tflite.quantize(image, precision, ranges_of(image))
-    inputs = random_inputs("image", 1)
-    theirs = read[-1]
-    assert theirs != ours
-    np.testing.assert_array_equal(run(theirs, inputs)["output"], run(ours, inputs)["output"])
-
-
-@pytest.mark.parametrize("precision", ["int8", "int16x8"])
-def test_quantization_parameters_follow_from_the_ranges(image: Path, precision: str) -> None:
-    ranges = ranges_of(image)
-    flatbuffer, notes = _tflite.quantize(image, precision, ranges)
-    model = _tflite._read(flatbuffer)
-    tensors = model.subgraphs[0].tensors
-    names = {i: t.name.decode() for i, t in enumerate(tensors)}
-    checked = 0
-    for operator, inputs, outputs in operators(model):
-        found = tensors[outputs[0]].quantization
-        if operator == "DEQUANTIZE":
-            continue
-        scale, zero = float(found.scale[0]), int(found.zeroPoint[0])
-        if operator in ("TRANSPOSE", "PAD"):  # move values: their scale is their input's
-            before = tensors[inputs[0]].quantization
-            assert (scale, zero) == (float(before.scale[0]), int(before.zeroPoint[0]))
-            continue
-        given = ranges[names[inputs[0] if operator == "QUANTIZE" else outputs[0]]]
-        low, high = min(given.minimum, 0.0), max(given.maximum, 0.0)
-        if precision == "int8":
-            assert scale == pytest.approx((high - low) / 255, rel=1e-6)
-            assert zero == -128 + round(-low / scale)
-        else:
-            assert scale == pytest.approx(max(-low, high) / 32767, rel=1e-6) and zero == 0
-        checked += 1
-    assert checked == 7 and notes == ()  # the input, three convolutions, the addition, the mean, the readout
-
-
-def test_a_missing_range_is_named(image: Path) -> None:
-    ranges = ranges_of(image)
-    missing = list(ranges)[3]
-    del ranges[missing]
-    with pytest.raises(CellFailed) as caught:
-        _tflite.quantize(image, "int8", ranges)
-    assert repr(missing) in caught.value.message and "Calibrate again" in caught.value.fix
-
-
-def test_operators_with_sentinel_values_stay_in_float_and_are_named(image: Path) -> None:
-    ranges = ranges_of(image)
-    output = list(ranges)[-1]
-    flatbuffer, notes = _tflite.quantize(
-        image, "int8", {**ranges, output: replace(ranges[output], minimum=-1e9)}
-    )
-    last = _tflite._read(flatbuffer).subgraphs[0].tensors[operators(_tflite._read(flatbuffer))[-1][2][0]]
-    assert last.type == schema.TensorType.FLOAT32
-    assert len(notes) == 1 and output in notes[0]
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -232,6 +155,19 @@ def test_an_interface_that_cannot_be_kept_is_refused(
     assert caught.value.fix
 
 
+def test_weighted_inputs_are_what_meets_constant_weights(image: Path, two_inputs: Path) -> None:
+    for path, expected in ((image, 4), (two_inputs, 2)):
+        model = _tflite._read(path.read_bytes())
+        tensors = model.subgraphs[0].tensors
+        found = _tflite.weighted_inputs(path)
+        assert set(found.values()) == {-1} and len(found) == expected
+        kinds = [
+            kind for op, kind in _tflite.operators(model) if tensors[op.inputs[0]].name.decode() in found
+        ]
+        assert {"FULLY_CONNECTED"} <= set(kinds)
+        assert set(found) <= set(_tflite.tapped_tensors(path).values())
+
+
 # the census, on hand-made operators
 
 
@@ -288,8 +224,9 @@ def test_census_counts_multiply_accumulates(
         assert (found.integer_macs, found.float_nodes, found.quantize_nodes) == (macs, (), 1)
 
 
-def test_census_takes_no_float16_storage_for_quantization(exports: Exports) -> None:
-    found = _tflite.census(exports.artifact("image", "tflite", "fp16") / "model.tflite")
+@pytest.mark.parametrize("precision", ["fp16", "int8-weights"])
+def test_census_takes_no_storage_for_quantization(exports: Exports, precision: str) -> None:
+    found = _tflite.census(exports.artifact("image", "tflite", precision) / "model.tflite")
     assert found.quantize_nodes == 0 and found.integer_macs == 0 and len(found.float_nodes) == 4
 
 

@@ -14,10 +14,11 @@ from onnx import helper, numpy_helper
 from portcall.calibration import weights
 from portcall.exporters import _onnx, _weight_only, onnxruntime
 from portcall.targets.agent.contract import Artifact, Graph, Recipe
-from portcall.targets.agent.errors import BadInput
+from portcall.targets.agent.errors import BadInput, UnsupportedError
 from tests.exporters.graphs import Array, graph_of, write_onnx
 from tests.exporters.ranges import onnx_ranges, run_onnx, sqnr_db
 
+SLOW = _weight_only._SLOW.format(2)
 GROUPS = {"group32": 32, "group64": 64, "group128": 128}
 
 
@@ -193,8 +194,8 @@ def test_census_counts_no_integer_arithmetic(tmp_path: Path, precision: str) -> 
 
 def test_notes_name_what_is_not_4_bits(tmp_path: Path) -> None:
     _, _, notes = export(tmp_path, "int4-weights")
-    assert notes == ("int8 weights per channel, as in all convolutions: conv, up",)
-    assert export(tmp_path, "int8-weights")[2] == ()
+    assert notes == ("int8 weights per channel, as in all convolutions: conv, up", SLOW)
+    assert export(tmp_path, "int8-weights")[2] == (SLOW,)
     held = {"v": np.ones(4, np.float32), "w": np.ones((4, 4), np.float32)}
     nodes = [
         helper.make_node("MatMul", ["x", "w"], ["h"], "matrix"),
@@ -208,16 +209,34 @@ def test_notes_name_what_is_not_4_bits(tmp_path: Path) -> None:
 
 def test_layers_are_kept_in_float(tmp_path: Path) -> None:
     written, held, notes = export(tmp_path, "int8-weights", keep_float=["type:Gemm", "conv"])
-    assert notes == ("left in float32 as asked (keep_float): conv, gemm, turned",)
+    assert notes == (
+        "left in float32 as asked (keep_float): conv, gemm, turned",
+        _weight_only._SLOW.format(1),
+    )
     assert {"conv_w", "gemm_w", "turned_w_transposed"} <= set(held) and "product_w" not in held
     assert sum(n.op_type == "DequantizeLinear" for n in written.graph.node) == 2
     with pytest.raises(BadInput, match="'type:LSTM' matches no operator"):
         export(tmp_path, "int8-weights", keep_float=["type:LSTM"])
 
 
+@pytest.mark.parametrize("precision", ["int8-weights", "int4-weights"])
+def test_a_model_without_weights_is_unsupported(tmp_path: Path, precision: str) -> None:
+    node = helper.make_node("MatMul", ["x", "x"], ["y"], "two activations")
+    graph = graph_of(write_onnx(tmp_path / "m.onnx", [node], {"x": [4, 4]}, {"y": [4, 4]}, {}))
+    with pytest.raises(
+        UnsupportedError, match=f"{precision}: this model has no Conv, Gemm or MatMul"
+    ) as caught:
+        export(tmp_path, precision, graph)
+    assert caught.value.fix and not (tmp_path / "q.onnx").exists()
+    with pytest.raises(UnsupportedError, match="left to quantize"):
+        export(tmp_path, precision, graph_of(model(tmp_path)), keep_float=["*"])
+
+
 def test_biases_are_corrected_where_means_are_known(tmp_path: Path) -> None:
     graph = graph_of(model(tmp_path))
-    assert export(tmp_path, "int4-weights", graph, bias_correction=True)[2][1:] == ()
+    assert not any(
+        "bias" in note for note in export(tmp_path, "int4-weights", graph, bias_correction=True)[2]
+    )
     ranges = onnx_ranges(graph.path, images(16))
     errors = {}
     for correction in (False, True):
@@ -226,7 +245,7 @@ def test_biases_are_corrected_where_means_are_known(tmp_path: Path) -> None:
             np.stack([r[0] for r in run_onnx(p, images(16))]) for p in (graph.path, tmp_path / "q.onnx")
         )
         errors[correction] = np.abs((out - wanted).mean(0)).mean()
-    assert notes[1] == "bias corrected in 3 layers" and notes[2].endswith("there: product")
+    assert notes[2] == "bias corrected in 3 layers" and notes[3].endswith("there: product")
     assert errors[True] < 0.8 * errors[False]
 
 
