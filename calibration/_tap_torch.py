@@ -19,10 +19,18 @@ def open_tap(graph: Graph, threads: int) -> Tap:
     torch.set_num_threads(threads)
     program = torch.export.load(graph.path)
     module: Any = program.module(check_guards=False)
-    names = [node.name for node in module.graph.nodes if node.op in ("placeholder", "call_function")]
+    names = [node.name for node in module.graph.nodes if _is_watched(node, node.meta.get("val"))]
     makers = {n.name: str(n.target) for n in module.graph.nodes}
     one = Pass(names, lambda: [partial(_run, module, [t.name for t in graph.source.inputs])])
     return Tap([one], {}, lambda _, seen: f"tensor {seen!r}, made by {makers[seen]},")
+
+
+def _is_watched(node: Any, value: Any) -> bool:
+    """Tell whether *value*, of that node, is an activation: a tensor of floats that is no parameter."""
+    import torch
+
+    made = node.op in ("placeholder", "call_function")
+    return made and isinstance(value, torch.Tensor) and value.dtype in (torch.float16, torch.float32)
 
 
 def _run(module: Any, inputs: Sequence[str], sample: Mapping[str, Array]) -> Iterator[tuple[str, Array]]:
@@ -36,8 +44,7 @@ def _run(module: Any, inputs: Sequence[str], sample: Mapping[str, Array]) -> Ite
     for node in module.graph.nodes:
         with torch.no_grad():
             value = interpreter.env[node] = interpreter.run_node(node)
-        watched = node.op in ("placeholder", "call_function")
-        if watched and torch.is_tensor(value) and value.dtype in (torch.float16, torch.float32):
+        if _is_watched(node, value):
             yield node.name, value.numpy()
         for dead in interpreter.user_to_last_uses.get(node, []):
             del interpreter.env[dead]

@@ -50,8 +50,8 @@ def observe(arguments: Mapping[str, Any], progress: Callable[[int, int | None], 
 
     arguments: graph; plan (of ``plan_onnx``, else None); data (a DataRecord); planned [start, stop); shard: the part
     of it to run; step; held_every; threads; checkpoint and output (paths). Saves its state to *checkpoint* now and
-    then, and goes on from there where one is found. Raises BadInput without samples or where DATA ends early, CellFailed where the
-    network itself makes NaN or infinity (names tensor, node and sample).
+    then, and goes on from there where one is found. Raises BadInput without samples or where DATA ends early,
+    CellFailed where the network itself makes NaN or infinity (names tensor, node and sample).
     """
     graph, record = Graph.from_json(arguments["graph"]), DataRecord(**arguments["data"])
     first, last = arguments["shard"]

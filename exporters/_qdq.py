@@ -13,6 +13,11 @@ if TYPE_CHECKING:
     from portcall.calibration.weights import Scheme
 
 CONTROL_FLOW = ("If", "Loop", "Scan")
+NORMALIZATIONS = ("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization")
+PRODUCTS = ("Conv", "ConvTranspose", "Gather", "Gemm", "MatMul")
+"""What is quantized in a graph that normalizes over channels; Gather is how an embedding table is read."""
+FLOAT_OUTPUT = ("Gemm", "MatMul")
+"""Operators there that ONNX Runtime computes on integers although their output stays in float."""
 
 
 def quantizable_ops() -> List[str]:
@@ -20,6 +25,19 @@ def quantizable_ops() -> List[str]:
     from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
 
     return sorted(set(QLinearOpsRegistry) | set(QDQRegistry))
+
+
+def quantized_ops(graph: Any) -> List[str]:
+    """Return the operator types to quantize: in a transformer the products alone.
+
+    What is added up between its normalizations has a few channels that are a hundred times as large as the others, and
+    8 bits for all of them lose those (MiniLM: 2 dB with everything quantized, 16 dB with the products, and faster).
+    """
+    return list(PRODUCTS) if _is_transformer(graph) else quantizable_ops()
+
+
+def _is_transformer(graph: Any) -> bool:
+    return any(n.op_type in NORMALIZATIONS for n in graph.node)
 
 
 def check_no_control_flow(model: Any) -> None:
@@ -38,18 +56,30 @@ def tapped_tensors(path: Path) -> List[str]:
 
     Left out is what a Relu or Clip alone reads (a convolution's raw output): the quantizer gives it the range of the
     Relu's output and removes the Relu. An operator with symmetric ranges reads none of these either: it quantizes what
-    goes into convolutions, products and additions.
+    goes into convolutions, products and additions. In a transformer (``quantized_ops``) the outputs of products are
+    left out as well.
     """
     import onnx
 
-    from portcall.exporters import _structure
+    from portcall.exporters import _qdq_symmetric, _structure
 
-    ops = set(quantizable_ops())
     model = onnx.load(str(path), load_external_data=False)
     graph = model.graph
+    ops = set(quantized_ops(graph))
+    inputs_only = FLOAT_OUTPUT if _is_transformer(graph) else ()
+    symmetric = set(_qdq_symmetric.quantized_tensors(path))
     types = [*_structure.tensor_types(model), *graph.input, *graph.output]
     kinds = {v.name: v.type.tensor_type.elem_type for v in types}
-    names = (name for n in graph.node if n.op_type in ops for name in [*n.input, *n.output])
+    names = (
+        name
+        for n in graph.node
+        for names, watched in (
+            (n.input, n.op_type in ops),
+            (n.output, n.op_type in ops and n.op_type not in inputs_only),
+        )
+        for name in names
+        if watched or name in symmetric
+    )
     ignored = {t.name for t in graph.initializer} | set(_absorbed(graph))
     floats = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16)
     return list(dict.fromkeys(n for n in names if n and n not in ignored and kinds.get(n) in floats))
@@ -128,11 +158,17 @@ def quantize(
         tensors_range=TensorsData(CalibrationMethod.MinMax, given),
         nodes_to_quantize=[],
         nodes_to_exclude=sorted(excluded),
-        op_types_to_quantize=quantizable_ops(),
-        extra_options={"ActivationSymmetric": False, "WeightSymmetric": scheme.symmetric},
+        op_types_to_quantize=quantized_ops(model.graph),
+        extra_options={
+            "ActivationSymmetric": False,
+            "WeightSymmetric": scheme.symmetric,
+            "OpTypesToExcludeOutputQuantization": list(FLOAT_OUTPUT) if _is_transformer(model.graph) else [],
+        },
     )
     quantizer.quantize_model()
     quantized = quantizer.model.model
+    if _is_transformer(quantized.graph):
+        _spare_float_readers(quantized.graph)
     del quantized.graph.value_info[:]
     return _onnx.save(quantized, path), notes
 
@@ -193,6 +229,30 @@ def named(sentence: str, names: Sequence[str]) -> Tuple[str, ...]:
         return ()
     shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
     return (f"{sentence}: {shown}",)
+
+
+def _spare_float_readers(graph: Any) -> None:
+    """Let operators that stay in float read the float tensor, where the quantizer gave them the quantized one.
+
+    A sum that goes on beside a product keeps its precision that way (MiniLM: 2 dB). What a Gather reads from a table
+    was quantized there, and its readers take it as it is.
+    """
+    made_by = {name: node for node in graph.node for name in node.output}
+    for node in graph.node:
+        if node.op_type in (*PRODUCTS, "QuantizeLinear", "DequantizeLinear"):
+            continue
+        for index, name in enumerate(node.input):
+            back = made_by.get(name)
+            pair = (
+                made_by.get(back.input[0])
+                if back is not None and back.op_type == "DequantizeLinear"
+                else None
+            )
+            if pair is None or pair.op_type != "QuantizeLinear":
+                continue
+            source = made_by.get(pair.input[0])
+            if source is None or source.op_type != "Gather":
+                node.input[index] = pair.input[0]
 
 
 def _absorbed(graph: Any) -> Dict[str, str]:

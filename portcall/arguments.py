@@ -108,7 +108,7 @@ def _calibrate(commands: Any) -> None:
     parser.add_argument(
         "--auto",
         action="store_true",
-        help="also choose a method per tensor, by the output error on samples held back (the last 10 %%)",
+        help="also choose a method per tensor, by the output error on samples held back (every tenth)",
     )
     parser.add_argument(
         "--for",

@@ -81,14 +81,15 @@ def run_calibrate(work: Workspace, plan: CalibrationPlan) -> tuple[CalibrationTa
     table = CalibrationTable({})
     answers = []
     onnx: Section | None = None
-    for name in names.values():
-        graph = lower(work, source, get_backend(name), plan.options.equalize)
-        section, answer = observe(work, graph, name, record, plan.options, onnx)
-        onnx = onnx or section
-        table = table.with_section(section)
-        answers.append(answer)
+    # All graphs come first: what one of them cannot take must not be found out after the work on another.
+    graphs: list[tuple[Graph, str | None]] = [
+        (lower(work, source, get_backend(name), plan.options.equalize), name) for name in names.values()
+    ]
     if TORCH in plan.kinds:
-        section, answer = observe(work, torch_graph(source), None, record, plan.options, onnx)
+        graphs.append((torch_graph(source), None))
+    for graph, backend in graphs:
+        section, answer = observe(work, graph, backend, record, plan.options, onnx)
+        onnx = onnx or section
         table = table.with_section(section)
         answers.append(answer)
     table.save(plan.output)
@@ -138,6 +139,11 @@ def observe(
     over for the tensors that hold the same values.
     """
     start = time.perf_counter()
+    if options.auto and not held_every(record.n):
+        raise BadInput(
+            "auto chooses methods on samples that are kept out of the histograms, and DATA has one sample",
+            "Give two samples or more (20 are few), or choose another method",
+        )
     number, of = options.shard
     shard = (record.n * (number - 1) // of, record.n * number // of)
     if shard[0] == shard[1]:
@@ -243,6 +249,8 @@ def run_ranges(
     """Return the range of every tensor of a table, and write them for another tool where asked to."""
     from portcall.exporters import _encodings
 
+    if write not in (None, "qnn", "tensorrt-cache"):
+        raise BadInput(f"no format {write!r} to write", "There are: qnn, tensorrt-cache")
     if (write is None) != (output is None):
         raise BadInput("--write and -o belong together", "Write e.g. --write qnn -o encodings.json")
     section = find_section(CalibrationTable.load(path), path, kind)
@@ -299,9 +307,10 @@ def run_show(path: Path, tensor: str) -> dict[str, Any]:
             f"{path} holds no tensor {tensor!r}, among {len(names)}",
             f"Near names: {', '.join(near)}; all of them: portcall ranges {path}",
         )
-    section = holding[0]
+    section = min(holding, key=lambda s: s.kind != "onnx")  # the one that most backends take their ranges from
     histogram = section.histograms[tensor]
     schemes = {"asymmetric": False, "symmetric": True}
+    chosen = {scheme: choice.methods.get(tensor) for scheme, choice in section.choices.items()}
     return {
         "kind": section.kind,
         "tensor": tensor,
@@ -315,7 +324,7 @@ def run_show(path: Path, tensor: str) -> dict[str, Any]:
                 scheme: [(r := derive(histogram, method, symmetric)).minimum, r.maximum]
                 for scheme, symmetric in schemes.items()
             }
-            for method in METHODS
+            for method in dict.fromkeys([*METHODS, *filter(None, chosen.values())])
         },
-        "chosen": {scheme: choice.methods.get(tensor) for scheme, choice in section.choices.items()},
+        "chosen": chosen,
     }
