@@ -105,7 +105,9 @@ def _samples_line(results: Sequence[Mapping[str, Any]]) -> str:
     return text
 
 
-def doctor_table(backends: Sequence[Mapping[str, Any]], targets: Sequence[Mapping[str, Any]]) -> str:
+def doctor_table(
+    backends: Sequence[Mapping[str, Any]], targets: Sequence[Mapping[str, Any]], calibration: Mapping[str, Any]
+) -> str:
     rows = []
     for b in backends:
         for role in ("export", "run"):
@@ -114,7 +116,9 @@ def doctor_table(backends: Sequence[Mapping[str, Any]], targets: Sequence[Mappin
             note = "" if found["available"] else f"{found['reason']}; fix: {found['fix']}"
             rows.append([b["name"], role, state, ", ".join(b["precisions"]), note])
     text = align(["backend", "role", "available", "precisions", "note"], rows, left=4)
-    return text + "\n\n" + align(["target", "description"], [[t["name"], t["description"]] for t in targets])
+    text += "\n\n" + align(["target", "description"], [[t["name"], t["description"]] for t in targets])
+    fix = f"; fix: {calibration['fix']}" if calibration["fix"] else ""
+    return f"{text}\n\ncalibration counts with the kernel: {calibration['kernel']}{fix}"
 
 
 def _note(result: Mapping[str, Any]) -> str:

@@ -101,8 +101,8 @@ def measure(arguments: Mapping[str, Any], progress: Callable[[int, int | None], 
 
     arguments: graph; path (of ``plan``); data; planned [start, stop); held_every; width and threads (samples at once,
     threads of each); extents: the largest magnitude of each tensor; settings: lists of [tensor number, four
-    parameters], all other tensors off; seconds: after that no further sample is begun. Returns {"n", "errors": [per setting][per
-    sample]}: summed over the floating-point outputs, (off - on)^2 relative to the mean energy of off over the samples.
+    parameters], all other tensors off; seconds: after that no further sample is begun. Returns {"n", "errors":
+    [per setting][per sample]}: summed over the floating-point outputs, (off - on)^2 relative to the mean energy of off over the samples.
     """
     import onnxruntime as ort
 

@@ -154,8 +154,7 @@ def _open(entry: Mapping[str, Any], plan: Mapping[str, Any]) -> list[Runner]:
     options.inter_op_num_threads = 1
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = ort.InferenceSession(entry["path"], options, providers=["CPUExecutionProvider"])
-    wanted = frozenset(entry["tensors"])
-    return [partial(_run, session, _Buffers(), wanted) for _ in range(plan["width"])]
+    return [partial(_run, session, _Buffers(), entry["tensors"]) for _ in range(plan["width"])]
 
 
 class _Buffers:
@@ -167,12 +166,13 @@ class _Buffers:
 
 
 def _run(
-    session: Any, buffers: _Buffers, wanted: frozenset[str], sample: Mapping[str, Array]
+    session: Any, buffers: _Buffers, wanted: Sequence[str], sample: Mapping[str, Array]
 ) -> Iterator[tuple[str, Array]]:
     from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, RuntimeException
 
-    yield from ((name, array) for name, array in sample.items() if name in wanted)
-    outputs = [v.name for v in session.get_outputs() if v.name in wanted]
+    # In the order of the plan: the table lists tensors as they come, and must not depend on the number of passes.
+    yield from ((name, sample[name]) for name in wanted if name in sample)
+    outputs = [name for name in wanted if name not in sample]
     if not outputs:
         return
     shapes = {name: array.shape for name, array in sample.items()}

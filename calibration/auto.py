@@ -103,7 +103,8 @@ def _choose(
     methods = dict.fromkeys(names, base)
     for tensor, by_method in per_tensor.items():
         stands_for = tries[tensor][quantizers[tensor][base]]
-        methods[tensor] = _significantly_best(by_method, stands_for)
+        best = _significantly_best(by_method, stands_for)
+        methods[tensor] = base if best == stands_for else best
     chosen = [[[names.index(t), quantizers[t][methods[t]]] for t in watched]]
     together["auto"] = float(np.mean(measured(chosen, f"check {scheme}")["errors"]))
     if together["auto"] > together[base]:

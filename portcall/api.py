@@ -23,6 +23,7 @@ from portcall.calibrating import (
     run_ranges,
     run_show,
 )
+from portcall.calibration.histogram import is_compiled
 from portcall.cells import ExportPlan, recipe_options
 from portcall.core import Artifact, BadInput, PortcallError, UnavailableError, Workload, parse_cells
 from portcall.exporters import backend_names, get_backend
@@ -235,7 +236,15 @@ def doctor(*, timeout_s: float = 120.0) -> dict[str, Any]:
                     }
             entries.append(entry)
     targets = [{"name": n, "description": get_target(n).description} for n in target_names()]
-    return {"schema": SCHEMA, "backends": entries, "targets": targets}
+    return {
+        "schema": SCHEMA,
+        "backends": entries,
+        "targets": targets,
+        "calibration": {
+            "kernel": "compiled" if is_compiled() else "numpy (slow)",
+            "fix": None if is_compiled() else "Install a C compiler and reinstall portcall; unset PORTCALL_NO_EXTENSION",
+        },
+    }
 
 
 class LoadedArtifact:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from pathlib import Path
 from typing import Any
 
@@ -122,17 +121,19 @@ class Chain(nn.Module):
 def test_a_tensor_is_dropped_after_its_last_reader(tmp_path: Path) -> None:
     example = torch.randn(1, 64)
     tap = _tap_torch.open_tap(graph_of_module(Chain(), example, tmp_path / "chain.pt2"), 1)
-    held: list[Any] = []
-    alive: list[list[int]] = []
-    for _, array in tap.passes[0].open_runners()[0]({"x": example.numpy()}):
-        # the tensor object behind a view; the environment of the interpreter holds the same object
-        held.append(weakref.ref(array.base))
-        del array
-        alive.append([i for i, one in enumerate(held) if one() is not None])
-    assert len(held) == 1 + 12 + 1 + 4
+    shown: Any = tap.passes[0].open_runners()[0]({"x": example.numpy()})
+    names: list[str] = []
+    alive: list[set[int]] = []
+    for name, _ in shown:
+        names.append(name)
+        # what the interpreter holds is all that keeps a tensor
+        held = {node.name for node in shown.gi_frame.f_locals["interpreter"].env}
+        alive.append({i for i, one in enumerate(names) if one in held})
+    assert len(names) == 1 + 12 + 1 + 4
     # 0 is x, 1 is ``first``, 13 the product: the inputs of a node and its result, and ``first`` until 13 has run
-    assert all(set(now) <= {1, i - 1, i} for i, now in enumerate(alive)), alive
-    assert all(1 in now for now in alive[2:13]) and not any(1 in now for now in alive[14:]), alive
+    assert all(now <= {1, i - 1, i} for i, now in enumerate(alive)), alive
+    assert all(1 in now for now in alive[1:14]) and not any(1 in now for now in alive[14:]), alive
+    assert all(i in now for i, now in enumerate(alive))
 
 
 def test_the_tap_is_refused_for_onnx_sources(
