@@ -106,7 +106,9 @@ def _samples_line(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def doctor_table(
-    backends: Sequence[Mapping[str, Any]], targets: Sequence[Mapping[str, Any]], calibration: Mapping[str, Any]
+    backends: Sequence[Mapping[str, Any]],
+    targets: Sequence[Mapping[str, Any]],
+    calibration: Mapping[str, Any],
 ) -> str:
     rows = []
     for b in backends:

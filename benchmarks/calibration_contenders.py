@@ -149,6 +149,7 @@ def _portcall_observe(job: Job, watch: Watch) -> None:
         "planned": [0, count],
         "shard": [0, count],
         "step": 1,
+        "held_every": 0,
         "threads": job.threads,
         "checkpoint": None,
         "output": str(_table(job)),

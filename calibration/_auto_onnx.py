@@ -80,12 +80,12 @@ def symmetric_tensors(arguments: Mapping[str, Any], progress: object) -> list[st
 
 def quantizer(low: float, high: float, symmetric: bool) -> tuple[float, float, float, float]:
     """Return the four parameters of an 8-bit quantizer of [low, high]: those that an export would write."""
-    if symmetric:
-        scale = high / 127
-        return (1 / scale, scale, -127.0, 127.0) if scale > 0 else (1.0, 1.0, 0.0, 0.0)
-    scale = (high - low) / 255
-    if not scale > 0:
+    low, high = float(np.float32(low)), float(np.float32(high))
+    scale = high / 127 if symmetric else (high - low) / 255
+    if scale < np.finfo(np.float32).tiny:  # nothing but zeros, for an export: 1 / scale must stay finite
         return 1.0, 1.0, 0.0, 0.0
+    if symmetric:
+        return 1 / scale, scale, -127.0, 127.0
     zero_point = round(-low / scale)
     return 1 / scale, scale, -float(zero_point), 255.0 - zero_point
 
@@ -102,7 +102,8 @@ def measure(arguments: Mapping[str, Any], progress: Callable[[int, int | None], 
     arguments: graph; path (of ``plan``); data; planned [start, stop); held_every; width and threads (samples at once,
     threads of each); extents: the largest magnitude of each tensor; settings: lists of [tensor number, four
     parameters], all other tensors off; seconds: after that no further sample is begun. Returns {"n", "errors":
-    [per setting][per sample]}: summed over the floating-point outputs, (off - on)^2 relative to the mean energy of off over the samples.
+    [per setting][per sample]}: summed over the floating-point outputs, (off - on)^2 relative to the mean energy of off
+    over the samples.
     """
     import onnxruntime as ort
 

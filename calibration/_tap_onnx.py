@@ -9,6 +9,7 @@ import hashlib
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,8 @@ def plan(
     _qdq.check_no_control_flow(model)
     tensors = _qdq.tapped_tensors(graph.path)
     inputs = {v.name for v in model.graph.input}
-    sizes = _bytes(graph, [t for t in tensors if t not in inputs], shapes)
+    found = _shapes(graph, [t for t in tensors if t not in inputs], shapes)
+    sizes = {name: 4 * math.prod(shape) for name, shape in found.items()}
     groups = _groups(sizes, budget_bytes)
     largest = max((sum(sizes[t] for t in g) for g in groups), default=0)
     width = max(1, min(threads, budget_bytes // max(largest, 1))) if len(groups) < 2 else 1
@@ -45,19 +47,27 @@ def plan(
     for number, group in enumerate(groups or [[]]):
         path = _write(model, graph.path, group)
         entries.append(
-            {"path": str(path), "tensors": [t for t in tensors if t in inputs] * (number == 0) + group}
+            {
+                "shapes": {t: list(found[t]) for t in group},
+                "path": str(path),
+                "tensors": [t for t in tensors if t in inputs] * (number == 0) + group,
+            }
         )
     return {
         "passes": entries,
         "width": width,
         "threads": max(1, threads // width),
         "bytes": sum(sizes.values()),
+        "input_shapes": {name: list(shape) for name, shape in shapes.items()},
+        "external": graph.path.with_name(graph.path.name + ".data").exists(),
         "axes": _qdq.weighted_inputs(graph.path),
     }
 
 
-def _bytes(graph: Graph, tensors: Sequence[str], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
-    """Return the size of every tensor for a sample of *shapes*: inferred, or read off a run where that loses track."""
+def _shapes(
+    graph: Graph, tensors: Sequence[str], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor for a sample of *shapes*: inferred, or read off a run where that loses track."""
     import onnx
 
     from portcall.exporters import _onnx
@@ -82,7 +92,7 @@ def _bytes(graph: Graph, tensors: Sequence[str], shapes: Mapping[str, tuple[int,
     if rest:
         fresh = onnx.load(str(graph.path), load_external_data=False)
         found.update(_onnx.observed_shapes(graph.path, fresh, rest, shapes))
-    return {name: 4 * math.prod(found[name]) for name in tensors}
+    return {name: found[name] for name in tensors}
 
 
 def _groups(sizes: Mapping[str, int], budget_bytes: int) -> list[list[str]]:
@@ -153,16 +163,24 @@ def _open(entry: Mapping[str, Any], plan: Mapping[str, Any]) -> list[Runner]:
     options.intra_op_num_threads = plan["threads"]
     options.inter_op_num_threads = 1
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if plan["external"]:  # packed copies of the weights would nearly double the memory of a large model
+        options.add_session_config_entry("session.disable_prepacking", "1")
     session = ort.InferenceSession(entry["path"], options, providers=["CPUExecutionProvider"])
-    return [partial(_run, session, _Buffers(), entry["tensors"]) for _ in range(plan["width"])]
+    types = {v.name: np.float16 if v.type == "tensor(float16)" else np.float32 for v in session.get_outputs()}
+
+    def buffers() -> _Buffers:
+        arrays = {name: np.empty(shape, types[name]) for name, shape in entry["shapes"].items()}
+        return _Buffers({k: tuple(v) for k, v in plan["input_shapes"].items()}, arrays)
+
+    return [partial(_run, session, buffers(), entry["tensors"]) for _ in range(plan["width"])]
 
 
+@dataclass(slots=True)
 class _Buffers:
-    """Arrays that a run writes its outputs into: the same from sample to sample while their shapes stay."""
+    """Arrays that a run writes its outputs into: the same from sample to sample while the inputs' *shapes* stay."""
 
-    def __init__(self) -> None:
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.arrays: dict[str, Array] = {}
+    shapes: dict[str, tuple[int, ...]]
+    arrays: dict[str, Array]
 
 
 def _run(

@@ -1,7 +1,8 @@
-"""The TFLite tap: an interpreter that keeps every tensor, so that LiteRT gets our ranges."""
+"""The TFLite tap: the float flatbuffer with every activation as an output, so that LiteRT gets our ranges."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -15,22 +16,30 @@ def open_tap(graph: Graph, threads: int) -> Tap:
     from portcall.exporters import _tflite
 
     tensors = _tflite.tapped_tensors(graph.path)
-    one = Pass(list(tensors.values()), lambda: [_open(graph, tensors) for _ in range(threads)])
+    one = Pass(list(tensors.values()), partial(_open, graph, tensors, threads))
     return Tap([one], _tflite.weighted_inputs(graph.path), lambda _, seen: f"tensor {seen!r}")
 
 
-def _open(graph: Graph, tensors: Mapping[int, str]) -> Runner:
-    from ai_edge_litert.interpreter import Interpreter, OpResolverType
+def _open(graph: Graph, tensors: Mapping[int, str], count: int) -> list[Runner]:
+    """Return runners with an interpreter each.
 
-    interpreter = Interpreter(
-        str(graph.path),
-        num_threads=1,
-        experimental_op_resolver_type=OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES,
-        experimental_preserve_all_tensors=True,
-    )
-    interpreter.allocate_tensors()
-    details = interpreter.get_signature_runner().get_input_details()
-    return partial(_run, interpreter, {name: d["index"] for name, d in details.items()}, tensors)
+    Outputs are kept by XNNPACK too. (``experimental_preserve_all_tensors`` needs the built-in kernels, which are
+    several times slower.)
+    """
+    from ai_edge_litert.interpreter import Interpreter
+
+    from portcall.exporters import _tflite
+
+    path = graph.path.with_name(f"tap-{os.getpid()}.tflite")
+    path.write_bytes(_tflite.with_outputs(graph.path.read_bytes(), list(tensors)))
+    runners: list[Runner] = []
+    for _ in range(count):
+        interpreter = Interpreter(str(path), num_threads=1)
+        interpreter.allocate_tensors()
+        details = interpreter.get_signature_runner().get_input_details()
+        runners.append(partial(_run, interpreter, {name: d["index"] for name, d in details.items()}, tensors))
+    path.unlink()  # mapped
+    return runners
 
 
 def _run(

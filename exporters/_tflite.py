@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from portcall.targets.agent.contract import Census, Source, TensorSpec
 from portcall.targets.agent.errors import UnsupportedError
@@ -94,6 +94,19 @@ def _with_dtype(model: Any, index: int, spec: TensorSpec, end: str) -> int:
     cast.inputs, cast.outputs = (ends[:1], ends[1:]) if end == "input" else (ends[1:], ends[:1])
     graph.operators.insert(0 if end == "input" else len(graph.operators), cast)
     return ends[0]
+
+
+def with_outputs(flatbuffer: bytes, indices: Sequence[int]) -> bytes:
+    """Return the flatbuffer with the tensors *indices* of its primary subgraph as further outputs of it.
+
+    Signatures stay as they are. Inputs and constants are left out: no operator makes them.
+    """
+    model = _read(flatbuffer)
+    graph = model.subgraphs[0]
+    made = {int(o) for op in graph.operators for o in op.outputs}
+    known = [int(o) for o in graph.outputs]
+    graph.outputs = known + [i for i in indices if i in made and i not in known]
+    return _write(model)
 
 
 def tapped_tensors(path: Path) -> Dict[int, str]:

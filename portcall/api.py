@@ -196,7 +196,7 @@ def ranges(
     """Derive the range of every tensor from a table; the model is not needed.
 
     write: "qnn" (quantization overrides) or "tensorrt-cache" (implies symmetric) puts them into *output*.
-    Returns {"schema", "ranges": [{"tensor", "method", "minimum", "maximum", "scale", "zero_point"}]}.
+    Returns {"schema", "ranges": [{"tensor", "method", "minimum", "maximum", "symmetric", "observed_minimum", ...}]}.
     """
     entries = run_ranges(
         Path(table), method, kind, symmetric, write, None if output is None else Path(output)
@@ -242,7 +242,9 @@ def doctor(*, timeout_s: float = 120.0) -> dict[str, Any]:
         "targets": targets,
         "calibration": {
             "kernel": "compiled" if is_compiled() else "numpy (slow)",
-            "fix": None if is_compiled() else "Install a C compiler and reinstall portcall; unset PORTCALL_NO_EXTENSION",
+            "fix": None
+            if is_compiled()
+            else "Install a C compiler, reinstall portcall; unset PORTCALL_NO_EXTENSION",
         },
     }
 

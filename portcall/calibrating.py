@@ -307,7 +307,7 @@ def run_show(path: Path, tensor: str) -> dict[str, Any]:
             f"{path} holds no tensor {tensor!r}, among {len(names)}",
             f"Near names: {', '.join(near)}; all of them: portcall ranges {path}",
         )
-    section = min(holding, key=lambda s: s.kind != "onnx")  # the one that most backends take their ranges from
+    section = min(holding, key=lambda s: s.kind != "onnx")  # most backends take their ranges from that one
     histogram = section.histograms[tensor]
     schemes = {"asymmetric": False, "symmetric": True}
     chosen = {scheme: choice.methods.get(tensor) for scheme, choice in section.choices.items()}

@@ -103,7 +103,9 @@ class Cells:
         backend = self._backends[cell.backend]
         graph = _once(self._graphs, backend.graph, lambda: self._lower(backend))
         if backend.capabilities.precisions[cell.precision].calibrated:
-            _once(self._sections, graph.kind, lambda: self._find_section(graph, cell.backend))
+            section = _once(self._sections, graph.kind, lambda: self._find_section(graph, cell.backend))
+            if self._plan.method == "auto":
+                section.chosen(backend.capabilities.precisions[cell.precision].symmetric)
 
     def _lower(self, backend: Backend) -> Graph:
         return lower(self._work, self._source, backend, self._plan.equalize)
@@ -197,9 +199,9 @@ class Cells:
         """Return the DATA that the table was made from, if it is still there and unchanged."""
         assert self._table is not None
         was = next(s.data for s in self._table.sections.values() if s.source_sha256 == graph.source.sha256)
-        fix = (
-            f"Run: portcall calibrate {self._plan.model} --data DATA --for {graph.kind} -o {self._plan.table}"
-        )
+        options = "" if graph.kind == "onnx" else f" --for {graph.kind}"
+        options += " --equalize" if self._plan.equalize else ""
+        fix = f"Run: portcall calibrate {self._plan.model} --data DATA{options} -o {self._plan.table}"
         try:
             now, _ = read_data(
                 self._work,

@@ -270,6 +270,9 @@ def _dispatch(given: list[str], as_json: bool) -> int:
         return OK
     try:
         answer, text, code = COMMANDS[options.command](options)
+    except Usage as error:  # of options that belong together
+        _print_error("usage", str(error), "", as_json)
+        return BAD_INPUT
     except BadInput as error:
         _print_error(error.kind, error.message, error.fix, as_json)
         return BAD_INPUT

@@ -64,9 +64,10 @@ def run_export(work: Workspace, plan: ExportPlan) -> list[dict[str, Any]]:
             if isinstance(samples, PortcallError):
                 raise samples
             results.append(cells.run(cell, samples, start))
-        except BadInput:
-            raise
         except PortcallError as error:
+            # What no check before could see ends the command as long as nothing was written.
+            if isinstance(error, BadInput) and not any(r["path"] for r in results):
+                raise
             results.append(failed_cell(cell, error, time.perf_counter() - start))
     return results
 

@@ -1,4 +1,4 @@
-"""auto: what is held back, when a tensor leaves the common method, and that its figures rest on the exports' arithmetic."""
+"""auto: what is held back, when a tensor leaves the common method, and that it measures the exports' arithmetic."""
 
 from __future__ import annotations
 
@@ -72,13 +72,9 @@ def test_the_common_method_stays_without_evidence() -> None:
 
 def test_a_method_better_by_two_standard_errors_is_taken() -> None:
     # differences 1.5, 0.5, 1.5, 0.5: mean 1, standard deviation 0.577, twice the standard error 0.577
-    assert (
-        auto._significantly_best(errors(base=[5.0] * 4, other=[3.5, 4.5, 3.5, 4.5]), "base") == "other"
-    )
+    assert auto._significantly_best(errors(base=[5.0] * 4, other=[3.5, 4.5, 3.5, 4.5]), "base") == "other"
     # the comparison is paired: samples that are hard for both say nothing
-    assert (
-        auto._significantly_best(errors(base=[1.0, 100.0, 3.0], other=[0.9, 99.9, 2.9]), "base") == "other"
-    )
+    assert auto._significantly_best(errors(base=[1.0, 100.0, 3.0], other=[0.9, 99.9, 2.9]), "base") == "other"
 
 
 def test_of_several_better_ones_the_least_error_wins() -> None:
@@ -134,7 +130,9 @@ def test_choices_go_to_the_tensor_with_the_same_values() -> None:
 def test_the_nearest_twin_wins() -> None:
     values = np.linspace(-1, 1, 50)
     methods = {"near": "mse", "nearer": "entropy"}
-    chosen = section_of({"near": values * (1 + 3e-5), "nearer": values}, {"symmetric": Choice(methods, 1, {})})
+    chosen = section_of(
+        {"near": values * (1 + 3e-5), "nearer": values}, {"symmetric": Choice(methods, 1, {})}
+    )
     found = auto.transferred(section_of({"t": values}), chosen)
     assert found.choices["symmetric"].methods == {"t": "entropy"}
 
@@ -144,8 +142,7 @@ def test_the_nearest_twin_wins() -> None:
 
 def test_a_quantizer_has_the_scale_and_zero_point_that_exports_write() -> None:
     rng = np.random.default_rng(1)
-    for low, high in np.abs(rng.standard_normal((500, 2))) * 10.0 ** rng.uniform(-6, 4, (500, 1)):
-        low, high = -float(np.float32(low)), float(np.float32(high))
+    for low, high in np.abs(rng.standard_normal((500, 2))) * 10.0 ** rng.uniform(-6, 4, (500, 1)) * (-1, 1):
         scale, zero_point = _encodings.asymmetric_scale(Range(low, high))
         inverse, step, least, most = _auto_onnx.quantizer(low, high, False)
         assert np.float32(step) == np.float32(scale) and (least, most) == (-zero_point, 255 - zero_point)
@@ -156,9 +153,13 @@ def test_a_quantizer_has_the_scale_and_zero_point_that_exports_write() -> None:
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_a_range_of_nothing_gives_zero(symmetric: bool) -> None:
-    inverse, scale, least, most = _auto_onnx.quantizer(0.0, 0.0, symmetric)
-    assert np.clip(np.round(np.float32(0.0) * inverse), least, most) * scale == 0.0
+@pytest.mark.parametrize("extent", [0.0, 1e-45, 1e-38])
+def test_a_range_of_nothing_gives_zero(symmetric: bool, extent: float) -> None:
+    """The inverse of a scale stays finite in float32: zero times infinity would be NaN."""
+    parameters = np.array(_auto_onnx.quantizer(-extent, extent, symmetric), np.float32)
+    assert np.isfinite(parameters).all()
+    assert _encodings.symmetric_scale(Range(-extent, extent, True)) == 1.0
+    assert np.clip(np.round(np.float32(extent) * parameters[0]), *parameters[2:]) * parameters[1] == 0.0
 
 
 def test_one_sided_ranges() -> None:
@@ -392,7 +393,11 @@ def test_without_choices_auto_is_refused_with_the_fix(
 def test_data_alone_will_do(tiny_onnx: Path, tmp_path: Path) -> None:
     np.savez(tmp_path / "d.npz", x=heavy_tailed(24))
     answer = portcall.api.export(
-        tiny_onnx, ["onnxruntime:int8", "tensorrt:int8"], tmp_path / "out", data=tmp_path / "d.npz", method="auto"
+        tiny_onnx,
+        ["onnxruntime:int8", "tensorrt:int8"],
+        tmp_path / "out",
+        data=tmp_path / "d.npz",
+        method="auto",
     )
     assert [r["outcome"] for r in answer["results"]] == ["artifact"] * 2, answer["results"]
     record = artifacts.read_manifest(Path(answer["results"][0]["path"]))["calibration"]

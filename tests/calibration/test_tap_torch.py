@@ -79,7 +79,8 @@ def test_inputs_of_integers_are_no_activations(tmp_path: Path) -> None:
     module, _, _ = two_inputs()
     with torch.no_grad():
         outputs = [
-            module(torch.from_numpy(s["token_ids"]), torch.from_numpy(s["features"])) for s in two_inputs_data()
+            module(torch.from_numpy(s["token_ids"]), torch.from_numpy(s["features"]))
+            for s in two_inputs_data()
         ]
     scores = torch.cat([o["scores"] for o in outputs])
     found = list(section.histograms.values())

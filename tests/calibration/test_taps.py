@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import pytest
 from ai_edge_litert import schema_py_generated as schema
-from ai_edge_litert.interpreter import Interpreter, OpResolverType
+from ai_edge_litert.interpreter import Interpreter
 from onnx import TensorProto, helper
 
 import portcall.api
@@ -383,9 +383,7 @@ def test_tflite_taps_equal_a_direct_run(tmp_path: Path) -> None:
     graph = tflite_graph(tmp_path / "m.tflite")
     values = np.random.default_rng(5).uniform(0.1, 3.0, (20, 4)).astype(np.float32)
     found = observe(graph, data(tmp_path / "d.npz", x=values))
-    # XNNPACK's logarithm differs from the built-in one in the last bit.
-    kernels = OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
-    runner = Interpreter(str(graph.path), experimental_op_resolver_type=kernels).get_signature_runner()
+    runner = Interpreter(str(graph.path)).get_signature_runner()
     direct = np.concatenate([runner(x=values[i : i + 1])["y"] for i in range(20)])
     assert found == {"x": extremes(values), "sum": extremes(values + values), "y": extremes(direct)}
 
