@@ -101,7 +101,8 @@ def measure(arguments: Mapping[str, Any], progress: Callable[[int, int | None], 
 
     arguments: graph; path (of ``plan``); data; planned [start, stop); held_every; width and threads (samples at once,
     threads of each); extents: the largest magnitude of each tensor; settings: lists of [tensor number, four
-    parameters], all other tensors off; seconds: after that no further sample is begun. Returns {"n", "errors":
+    parameters], all other tensors off; seconds: after that no further sample is begun; at_most: so many samples, the
+    first ones (None: all). Returns {"n", "errors":
     [per setting][per sample]}: summed over the floating-point outputs, (off - on)^2 relative to the mean energy of off
     over the samples.
     """
@@ -125,7 +126,8 @@ def measure(arguments: Mapping[str, Any], progress: Callable[[int, int | None], 
         settings.append(changed.reshape(-1))
     data = open_data(record.spec, graph.source.inputs, preprocess=record.preprocess)
     view = enumerate(data.with_slice(record.start + first, record.start + last), first)
-    samples = ((number, sample) for number, sample in view if is_held(number, every))
+    kept_out = ((number, sample) for number, sample in view if is_held(number, every))
+    samples = itertools.islice(kept_out, arguments["at_most"])
     total = sum(is_held(i, every) for i in range(first, last)) * len(settings)
     deadline = time.monotonic() + arguments["seconds"]
     lock, done = threading.Lock(), itertools.count(1)

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 CANDIDATES = ("minmax", "percentile:99.999", "percentile:99.99", "percentile:99.9", "mse", "entropy")
 HELD_BACK_AT_MOST = 64
 AT_MOST_S = 120.0
-"""For each of the two comparisons of a scheme: no further sample is begun after that."""
+"""For the comparison of all candidates: no further sample is begun after that."""
+FOREVER_S = 1e9
 
 
 def held_every(n: int) -> int:
@@ -75,7 +76,7 @@ def _choose(
     tries = {t: {q: m for m, q in reversed(quantizers[t].items())} for t in watched}
     alone = [(t, m, q) for t in watched for q, m in tries[t].items() if len(tries[t]) > 1]
 
-    def measured(settings: list[Any], label: str) -> dict[str, Any]:
+    def measured(settings: list[Any], label: str, at_most: int | None = None) -> dict[str, Any]:
         job = {
             "graph": graph.to_json(),
             "path": path,
@@ -86,7 +87,8 @@ def _choose(
             "threads": 1,
             "extents": [max(-h.minimum, h.maximum) for h in section.histograms.values()],
             "settings": settings,
-            "seconds": AT_MOST_S,
+            "seconds": AT_MOST_S if at_most is None else FOREVER_S,
+            "at_most": at_most,
         }
         found: dict[str, Any] = work.call("portcall.calibration._auto_onnx:measure", job, label, backend)
         return found
@@ -106,7 +108,7 @@ def _choose(
         best = _significantly_best(by_method, stands_for)
         methods[tensor] = base if best == stands_for else best
     chosen = [[[names.index(t), quantizers[t][methods[t]]] for t in watched]]
-    together["auto"] = float(np.mean(measured(chosen, f"check {scheme}")["errors"]))
+    together["auto"] = float(np.mean(measured(chosen, f"check {scheme}", found["n"])["errors"]))
     if together["auto"] > together[base]:
         methods, together["auto"] = dict.fromkeys(names, base), together[base]
     sqnr_db = {m: round(-10 * math.log10(max(e, 1e-30)), 2) for m, e in together.items()}

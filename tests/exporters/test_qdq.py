@@ -353,3 +353,40 @@ def test_a_pattern_without_a_match_writes_nothing(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="'convv' matches no operator") as caught:
         quantized(conv_add_mul(tmp_path / "m.onnx"), RANGES, tmp_path / "q.onnx", keep_float=["convv"])
     assert "'conv'" in caught.value.fix and not (tmp_path / "q.onnx").exists()
+
+
+# transformers
+
+
+def transformer_block(path: Path) -> Path:
+    """y = n + gelu-less feed-forward of n, n = LayerNormalization(x); tensors x, n, up, r, down, y."""
+    rng = np.random.default_rng(6)
+    constants = {
+        "gain": np.ones(16, np.float32),
+        "w1": (rng.standard_normal((16, 32)) / 4).astype(np.float32),
+        "w2": (rng.standard_normal((32, 16)) / 4).astype(np.float32),
+    }
+    nodes = [
+        helper.make_node("LayerNormalization", ["x", "gain"], ["n"], "norm"),
+        helper.make_node("MatMul", ["n", "w1"], ["up"], "up_product"),
+        helper.make_node("Tanh", ["up"], ["r"], "squash"),
+        helper.make_node("MatMul", ["r", "w2"], ["down"], "down_product"),
+        helper.make_node("Add", ["n", "down"], ["y"], "residual"),
+    ]
+    return write_onnx(path, nodes, {"x": ["batch", 4, 16]}, {"y": ["batch", 4, 16]}, constants)
+
+
+def test_of_a_transformer_only_what_products_read_is_quantized(tmp_path: Path) -> None:
+    path = transformer_block(tmp_path / "m.onnx")
+    assert _qdq.tapped_tensors(path) == ["n", "r"]
+    ranges = {"n": Range(-4.0, 4.0), "r": Range(-1.0, 1.0)}
+    model, constants, _ = quantized(path, ranges, tmp_path / "q.onnx")
+    assert set(activation_parameters(model, constants)) == {"n", "r"}
+    found = _onnx.census(tmp_path / "q.onnx", {"x": (1, 4, 16)})
+    assert found.integer_macs == found.macs == 2 * 4 * 16 * 32
+    # the sum beside the products reads the float tensor
+    [residual] = [n for n in model.graph.node if n.name == "residual"]
+    assert "n" in residual.input
+    x = np.random.default_rng(7).standard_normal((3, 4, 16)).astype(np.float32)
+    wanted, out = (run_onnx(p, [{"x": x}])[0][0] for p in (path, tmp_path / "q.onnx"))
+    assert sqnr_db(wanted, out) > 30
