@@ -145,10 +145,10 @@ def _images(pattern: str) -> Iterator[Sample]:
     """
     from PIL import Image
 
-    with tarfile.open(
-        _file(pattern)
-    ) as archive:  # read in its own order: each step back would unpack it anew
-        stored = {m.name: archive.extractfile(m).read() for m in archive if m.isfile()}  # type: ignore[union-attr]  # None for folders only
+    # All at once, in the archive's own order: each step back in it would unpack it anew.
+    with tarfile.open(_file(pattern)) as archive:
+        files = [(m.name, archive.extractfile(m)) for m in archive if m.isfile()]
+        stored = {name: file.read() for name, file in files if file is not None}
     names = sorted(stored)
     for number in np.random.default_rng(0).permutation(len(names)):
         with Image.open(io.BytesIO(stored[names[number]])) as opened:
