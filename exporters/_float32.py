@@ -61,14 +61,17 @@ def to_float32(model: Any) -> None:
             if attribute.name in ("to", "dtype") and attribute.i == half:
                 attribute.i = single
     _fold_casts(graph)
+    taken = {name for node in graph.node for name in [*node.input, *node.output]}
     for value in [*graph.input, *graph.output]:
         if value.type.tensor_type.elem_type != half:
             continue
         inner = f"{value.name}_float32"
+        while inner in taken:  # a model that was converted before
+            inner += "_"
         is_input = any(v.name == value.name for v in graph.input)
         _rename(graph, value.name, inner)
         ends = ([value.name], [inner]) if is_input else ([inner], [value.name])
-        cast = helper.make_node("Cast", *ends, f"{value.name}_Cast", to=single if is_input else half)
+        cast = helper.make_node("Cast", *ends, f"{inner}_Cast", to=single if is_input else half)
         graph.node.insert(0 if is_input else len(graph.node), cast)
 
 

@@ -56,7 +56,7 @@ def export(
     keep_float: Sequence[str] = (),
     weights: str | None = None,
     symmetric_weights: bool = True,
-    bias_correction: bool = True,
+    bias_correction: bool = False,
     equalize: bool = False,
     preprocess: str | None = None,
     shapes: Shapes | None = None,

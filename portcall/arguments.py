@@ -238,10 +238,9 @@ def _recipe_options(parser: argparse.ArgumentParser) -> None:
         "--asymmetric-weights", action="store_true", help="weights with a zero point of their own"
     )
     parser.add_argument(
-        "--no-bias-correction",
-        dest="bias_correction",
-        action="store_false",
-        help="leave biases as they are; by default they make up for the mean error of rounded weights",
+        "--bias-correction",
+        action="store_true",
+        help="let biases make up for the mean error of rounded weights; measure whether it helps your network",
     )
     _equalize_option(parser)
 

@@ -448,7 +448,7 @@ def test_options_of_weights_change_the_artifact(
     table = tmp_path / "t"
     portcall_ok(portcall("calibrate", tiny_onnx, "--data", tiny_data, "-o", table))
     models, notes = [], []
-    for number, options in enumerate(([], ["--weights", "tensor"], ["--no-bias-correction"])):
+    for number, options in enumerate(([], ["--weights", "tensor"], ["--bias-correction"])):
         out = tmp_path / str(number)
         portcall_ok(
             portcall("export", tiny_onnx, "--to", "onnxruntime:int8", "--table", table, *options, "-o", out)
