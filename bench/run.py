@@ -27,6 +27,7 @@ from portcall.core import (
 from portcall.exporters import backend_names, get_backend
 from portcall.source import fits, single_sample_shape
 from portcall.targets import Driver, get_target
+from portcall.targets.agent.binding import source_spec
 from portcall.workspace import DataArgument, Workspace
 
 
@@ -40,6 +41,7 @@ class _Subject:
     label: str
     inputs: Path | None = None
     error: PortcallError | None = None
+    finish: dict[str, Any] | None = None
     memory: dict[str, Any] | None = None
     wall: list[np.ndarray[Any, Any]] = field(default_factory=list)
     cpu: list[np.ndarray[Any, Any]] = field(default_factory=list)
@@ -77,6 +79,7 @@ def run_bench(
     for number, subject in enumerate(subjects):
         _attempt(subject, partial(_find_inputs, work, driver, subject, data, workload, number))
     for subject in subjects:
+        _attempt(subject, partial(_finish, driver, subject, workload))
         _attempt(subject, partial(_measure_memory, driver, subject, workload))
     for number in range(workload.processes):
         for subject in subjects:
@@ -116,7 +119,7 @@ def _open(path: Path) -> _Subject:
     spec = str(path)
     if path.is_dir():
         manifest = artifacts.read_manifest(path)
-        artifact = Artifact.from_json({**manifest, "directory": str(path.resolve())})
+        artifact = artifacts.from_manifest(path.resolve(), manifest)
         get_backend(artifact.backend)
         subject = _Subject(spec, artifact, manifest, f"{artifact.backend}:{artifact.precision}")
         try:
@@ -156,7 +159,7 @@ def _find_inputs(
         subject.inputs = artifact.directory / artifacts.SAMPLES
         return
     if subject.manifest is not None:
-        specs = [TensorSpec(t.source, t.shape, t.dtype) for t in artifact.inputs]
+        specs = [source_spec(t) for t in artifact.inputs]
     else:
         found = driver.run(
             "describe", {"artifact": artifact.to_json()}, f"open {subject.label}", artifact.backend
@@ -217,6 +220,13 @@ def _job(subject: _Subject, workload: Workload) -> dict[str, Any]:
     }
 
 
+def _finish(driver: Driver, subject: _Subject, workload: Workload) -> None:
+    """Have the device build what ends there, before anything is measured."""
+    if get_backend(subject.artifact.backend).finish is not None:
+        job = _job(subject, workload)
+        subject.finish = driver.run("finish", job, f"finish {subject.label}", subject.artifact.backend)
+
+
 def _measure_memory(driver: Driver, subject: _Subject, workload: Workload) -> None:
     job = _job(subject, workload)
     subject.memory = driver.run("measure_memory", job, f"memory {subject.label}", subject.artifact.backend)
@@ -256,6 +266,7 @@ def _result(subject: _Subject, target: str, workload: Workload) -> dict[str, Any
         "load_ns": None,
         "first_ns": None,
         "throughput_per_s": None,
+        "finish": subject.finish,
         "memory": subject.memory,
         "environment": None,
         "size_bytes": subject.artifact.path.stat().st_size

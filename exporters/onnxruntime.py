@@ -15,6 +15,7 @@ from portcall.targets.agent.contract import (
     Census,
     Exported,
     Graph,
+    Option,
     Precision,
     Ranges,
     Recipe,
@@ -49,7 +50,7 @@ def export(graph: Graph, recipe: Recipe, ranges: Optional[Ranges], directory: Pa
     import onnx
     import onnxruntime as ort
 
-    from portcall.exporters import _dynamic, _onnx, _qdq, _weight_only
+    from portcall.exporters import _dynamic, _onnx, _opset, _qdq, _weight_only
 
     path = directory / "model.onnx"
     notes: Tuple[str, ...] = ()
@@ -69,9 +70,10 @@ def export(graph: Graph, recipe: Recipe, ranges: Optional[Ranges], directory: Pa
         files = _onnx.save(model, path)
     else:
         files = _onnx.save(onnx.load(str(graph.path)), path)
+    needed = _opset.settle(path, recipe.options)
     inputs, outputs = _onnx.bound_tensors(graph)
     versions = {"onnxruntime": str(ort.__version__), "onnx": str(onnx.__version__)}
-    return Exported(path.name, files, inputs, outputs, versions, notes)
+    return Exported(path.name, files, inputs, outputs, versions, notes, needed)
 
 
 def census(artifact: Artifact, shapes: Mapping[str, Tuple[int, ...]]) -> Census:
@@ -171,6 +173,10 @@ BACKEND = Backend(
             ),
         },
         suffixes=(".onnx",),
+        options={
+            "opset": Option("operator set of the file, instead of the lowest that suffices", kind="int"),
+            "min_runtime": Option("version of ONNX Runtime that has to load the artifact, e.g. 1.16"),
+        },
     ),
     probe=probe,
     lower=lower,

@@ -24,13 +24,16 @@ from portcall.calibrating import (
     run_show,
 )
 from portcall.calibration.histogram import is_compiled
-from portcall.cells import ExportPlan, recipe_options
-from portcall.core import Artifact, BadInput, PortcallError, UnavailableError, Workload, parse_cells
+from portcall.cells import ExportPlan
+from portcall.core import Artifact, BadInput, PortcallError, Workload, parse_cells
 from portcall.exporters import backend_names, get_backend
 from portcall.pipeline import run_export
 from portcall.progress import Reporter
+from portcall.recipe import backend_options, shared_options
 from portcall.targets import get_target, target_names
-from portcall.targets.agent.contract import Session, Unavailable
+from portcall.targets.agent.binding import source_spec, to_runtime, to_source
+from portcall.targets.agent.contract import Session
+from portcall.targets.agent.jobs import ready
 from portcall.verification import run_verify
 from portcall.workspace import DataArgument, open_workspace
 
@@ -58,6 +61,7 @@ def export(
     symmetric_weights: bool = True,
     bias_correction: bool = False,
     equalize: bool = False,
+    options: Mapping[str, Any] | None = None,
     preprocess: str | None = None,
     shapes: Shapes | None = None,
     timeout_s: float = TIMEOUT_S,
@@ -66,20 +70,23 @@ def export(
     """Export *model* to every ``BACKEND:PRECISION`` in *to*, verify each, and leave artifacts in *output*.
 
     keep_float: layers left in float, by name, glob or "type:OPERATOR". weights: what shares a scale ("channel",
-    "tensor", "group32", ...). bias_correction, equalize: see the documentation of calibration.
+    "tensor", "group32", ...). bias_correction, equalize: see the documentation of calibration. options: of single
+    backends, {"BACKEND.NAME": value}: see theirs.
     Returns {"schema", "results": [...]}; a cell that could not be exported holds its reason and fix. Raises
     BadInput where nothing could be run at all.
     """
     output = Path(output)
+    cells = parse_cells([to] if isinstance(to, str) else list(to))
     plan = ExportPlan(
         model=str(model),
-        cells=parse_cells([to] if isinstance(to, str) else list(to)),
+        cells=cells,
         output=output,
         data=_data(data, preprocess),
         evaluation=_data(evaluation, preprocess),
         table=None if table is None else Path(table),
         method=method,
-        options=recipe_options(keep_float, weights, symmetric_weights, bias_correction),
+        options=shared_options(keep_float, weights, symmetric_weights, bias_correction),
+        backend_options=backend_options(options or {}, cells),
         equalize=equalize,
         shapes=dict(shapes or {}),
     )
@@ -267,17 +274,16 @@ class LoadedArtifact:
         if unknown:
             raise BadInput(f"the model has no input {unknown[0]!r}", f"Give: {', '.join(names)}")
         for tensor in self._artifact.inputs:
-            array = np.asarray(inputs[tensor.source], order="C")  # ascontiguousarray would make a scalar 1-D
-            if array.dtype != np.dtype(tensor.dtype):
+            array, wanted = np.asarray(inputs[tensor.source]), source_spec(tensor).dtype
+            if array.dtype != np.dtype(wanted):
                 raise BadInput(
-                    f"input {tensor.source!r} is {array.dtype}, not {tensor.dtype}",
-                    f"Use .astype({tensor.dtype!r})",
+                    f"input {tensor.source!r} is {array.dtype}, not {wanted}", f"Use .astype({wanted!r})"
                 )
-            arrays[tensor.name] = array
+            arrays[tensor.name] = to_runtime(tensor, array)
         self._session.set_inputs(arrays)
         self._session.infer()
         results = self._session.get_outputs()
-        return {t.source: results[t.name] for t in self._artifact.outputs}
+        return {t.source: to_source(t, results[t.name]) for t in self._artifact.outputs}
 
     def close(self) -> None:
         self._stack.close()
@@ -292,9 +298,8 @@ class LoadedArtifact:
 def load(artifact: str | Path, *, threads: int = 1) -> LoadedArtifact:
     """Load an artifact into this process, its files checked by hash: ``portcall.load(a).infer({"x": array})``."""
     opened, _ = artifacts.open_artifact(Path(artifact).resolve())
-    found = get_backend(opened.backend).probe("run")
-    if isinstance(found, Unavailable):
-        raise UnavailableError(found.reason, found.fix)
+    workload = Workload(threads=threads)
+    backend, opened, _ = ready(opened, workload)
     stack = contextlib.ExitStack()
-    session = stack.enter_context(get_backend(opened.backend).load(opened, Workload(threads=threads)))
+    session = stack.enter_context(backend.load(opened, workload))
     return LoadedArtifact(opened, session, stack)

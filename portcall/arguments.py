@@ -242,6 +242,15 @@ def _recipe_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="let biases make up for the mean error of rounded weights; measure whether it helps your network",
     )
+    parser.add_argument(
+        "--option",
+        dest="options",
+        type=_option,
+        action="append",
+        default=[],
+        metavar="BACKEND.NAME=VALUE",
+        help="an option of one backend, e.g. tflite.io=int8 (repeatable; portcall doctor --options lists them)",
+    )
     _equalize_option(parser)
 
 
@@ -321,6 +330,13 @@ def _shard(text: str) -> tuple[int, int]:
     if found is None or int(found[1]) > int(found[2]):
         raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I from 1 to N")
     return int(found[1]), int(found[2])
+
+
+def _option(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals or not re.fullmatch(r"\w+\.\w+", name):
+        raise argparse.ArgumentTypeError(f"{text!r} is not BACKEND.NAME=VALUE")
+    return name, value
 
 
 def _shape(text: str) -> tuple[str, tuple[int, ...]]:

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from portcall.targets.agent.contract import Artifact
@@ -89,19 +89,25 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         if not isinstance(value, kind):
             raise BadInput(f"{path} lacks {key!r}, or it is no {kind.__name__}", "Export the artifact again")
     for name in (manifest["entry"], manifest["backend"], manifest["precision"], *manifest["files"]):
-        if Path(name).name != name or name in ("", ".", ".."):
+        if not _is_inside(name):
             raise BadInput(
                 f"{path} names {name!r}, which is outside the artifact", "Do not use this artifact"
             )
     try:
-        _artifact(folder, manifest)
+        from_manifest(folder, manifest)
         hashes = {name: (str(e["sha256"]), int(e["size_bytes"])) for name, e in manifest["files"].items()}
     except (KeyError, TypeError, ValueError) as error:
         raise BadInput(f"{path} is malformed: {error!r}", "Export the artifact again") from error
+    inside = {str(parent) for name in hashes for parent in PurePosixPath(name).parents}
     for name in (manifest["entry"], *([SAMPLES] if manifest["samples"]["n"] else [])):
-        if name not in hashes:
+        if name not in hashes and (name == SAMPLES or name not in inside):  # an entry may be a folder
             raise BadInput(f"{path} has no sha256 of {name}", "Export the artifact again")
     return manifest
+
+
+def _is_inside(name: str) -> bool:
+    """Tell whether a name in a manifest is a plain relative path: parts with "/" between them, none of them ".."."""
+    return all(part not in ("", ".", "..") and "\0" not in part for part in name.split("/"))
 
 
 def check_output_folder(output: Path) -> None:
@@ -113,9 +119,10 @@ def check_output_folder(output: Path) -> None:
         raise BadInput(f"-o {output} cannot be written: {nearest} is no writable folder", "Choose another -o")
 
 
-def _artifact(folder: Path, manifest: Mapping[str, Any]) -> Artifact:
+def from_manifest(folder: Path, manifest: Mapping[str, Any]) -> Artifact:
     """Return the artifact; its folder is where it was found, whatever the manifest says."""
-    return Artifact.from_json({**manifest, "directory": str(folder)})
+    options = manifest.get("recipe", {}).get("options", {})
+    return Artifact.from_json({**manifest, "directory": str(folder), "options": options})
 
 
 def open_artifact(folder: Path) -> tuple[Artifact, dict[str, Any]]:
@@ -130,13 +137,13 @@ def open_artifact(folder: Path) -> tuple[Artifact, dict[str, Any]]:
         )
     for name, entry in manifest["files"].items():
         path = folder / name
-        if not path.is_file() or path.is_symlink():
+        if not path.is_file() or path.resolve() != folder.resolve() / name:  # a link, or in a linked folder
             raise VerificationFailed(f"{folder} lacks its file {name}", "Copy the artifact again, whole")
         if sha256_file(path) != entry["sha256"]:
             raise VerificationFailed(
                 f"{path} is not the file that was exported (sha256 differs)", "Copy or export it again"
             )
-    return _artifact(folder, manifest), manifest
+    return from_manifest(folder, manifest), manifest
 
 
 def pack_samples(samples: list[dict[str, np.ndarray[Any, Any]]], path: Path) -> int:
@@ -164,8 +171,11 @@ def finish(staging: Path, target: Path, manifest: dict[str, Any]) -> dict[str, A
 
     An artifact that already is at *target* is replaced only once the new one is complete.
     """
-    files = sorted(p for p in staging.iterdir() if p.name != MANIFEST)
-    manifest["files"] = {p.name: {"sha256": sha256_file(p), "size_bytes": p.stat().st_size} for p in files}
+    files = sorted(p for p in staging.rglob("*") if p.is_file() and p != staging / MANIFEST)
+    manifest["files"] = {
+        p.relative_to(staging).as_posix(): {"sha256": sha256_file(p), "size_bytes": p.stat().st_size}
+        for p in files
+    }
     manifest["identity"] = identity(manifest)
     write_json(staging / MANIFEST, manifest)
     umask = os.umask(0)
@@ -197,5 +207,9 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def model_bytes(manifest: Mapping[str, Any]) -> int:
-    """Return the size of the files that the runtime loads."""
-    return sum(e["size_bytes"] for n, e in manifest["files"].items() if n not in (SAMPLES, EXAMPLE))
+    """Return the size of what the runtime loads: the entry's, with the files of weights beside it."""
+    entry = manifest["entry"]
+    loaded = (entry, entry + ".data", Path(entry).with_suffix(".bin").name)
+    return sum(
+        e["size_bytes"] for n, e in manifest["files"].items() if n in loaded or n.startswith(entry + "/")
+    )

@@ -31,7 +31,9 @@ from portcall.core import (
     VerificationFailed,
     outcome_of,
 )
+from portcall.example import example_text
 from portcall.exporters import get_backend
+from portcall.recipe import BackendOptions, cell_options
 from portcall.workspace import DataArgument, Workspace, lower, read_data
 
 T = TypeVar("T")
@@ -49,23 +51,10 @@ class ExportPlan:
     table: Path | None = None
     method: str = "minmax"
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Of the recipe: see ``Recipe``."""
+    """Of every cell's recipe: see ``Recipe``."""
+    backend_options: BackendOptions = field(default_factory=dict)
     equalize: bool = False
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-
-
-def recipe_options(
-    keep_float: Sequence[str], weights: str | None, symmetric_weights: bool, bias_correction: bool
-) -> dict[str, Any]:
-    """Return the options of a recipe: see ``Recipe``."""
-    options: dict[str, Any] = {"bias_correction": bias_correction}
-    if keep_float:
-        options["keep_float"] = list(keep_float)
-    if weights is not None:
-        options["weights"] = weights
-    if not symmetric_weights:
-        options["weight_symmetric"] = False
-    return options
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +110,8 @@ class Cells:
         found = self._sections.get(graph.kind)
         precision = backend.capabilities.precisions[cell.precision]
         section = found if precision.calibrated and isinstance(found, Section) else None
-        recipe = Recipe(cell.precision, self._plan.method, self._plan.options)
+        options = cell_options(cell, self._plan.options, self._plan.backend_options)
+        recipe = Recipe(cell.precision, self._plan.method, options)
         staging = _staging(self._plan.output)
         try:
             exported = self._work.call(
@@ -138,7 +128,13 @@ class Cells:
                 cell.backend,
             )
             artifact = Artifact.from_json(
-                {**exported, "directory": str(staging), "backend": cell.backend, "precision": cell.precision}
+                {
+                    **exported,
+                    "directory": str(staging),
+                    "backend": cell.backend,
+                    "precision": cell.precision,
+                    "options": options,
+                }
             )
             verified = self._verify(artifact, samples)
             census = self._census(artifact, cell)
@@ -147,7 +143,9 @@ class Cells:
             try:
                 if samples.packed_n:
                     shutil.copyfile(samples.packed, staging / artifacts.SAMPLES)
-                (staging / artifacts.EXAMPLE).write_text(_example(backend, artifact, self._source, samples))
+                (staging / artifacts.EXAMPLE).write_text(
+                    example_text(backend, artifact, self._source, samples.packed_n)
+                )
                 manifest = artifacts.finish(staging, self._plan.output / cell.folder, manifest)
             except OSError as error:
                 raise CellFailed(
@@ -166,6 +164,7 @@ class Cells:
             "path": str(self._plan.output / cell.folder),
             "size_bytes": artifacts.model_bytes(manifest),
             "seconds": manifest["seconds"],
+            "peak_rss_bytes": exported["peak_rss_bytes"],
             "parity": manifest["parity"],
             "eval": manifest["eval"],
             "arithmetic": manifest["arithmetic"],
@@ -284,6 +283,7 @@ class Cells:
             "graph_sha256": graph.sha256,
             "calibration": calibration,
             "versions": exported["versions"],
+            "min_runtime": exported["min_runtime"],
             "notes": exported["notes"],
             "arithmetic": census,
             "parity": verified["parity"],
@@ -321,30 +321,6 @@ def check_integer(backend: Backend, cell: Cell, census: Mapping[str, Any]) -> No
         )
 
 
-def _example(backend: Backend, artifact: Artifact, source: Source, samples: Samples) -> str:
-    """Return the text of example.py: on the artifact's samples, or on zeros where one sample is above 1 MB."""
-    inputs = 'numpy.load(here / "samples.npz")'
-    if not samples.packed_n:
-        shapes = {t.name: (1, *source.example_shapes[t.name]) for t in source.inputs}
-        zeros = (f'"{t.name}": numpy.zeros({shapes[t.name]}, "{t.dtype}")' for t in source.inputs)
-        inputs = "{" + ", ".join(zeros) + "}"
-    common = _EXAMPLE_COMMON.replace("@SAMPLES@", inputs)
-    return backend.example.replace("@COMMON@", common).replace("@ENTRY@", artifact.entry)
-
-
-_EXAMPLE_COMMON = '''here = pathlib.Path(__file__).parent
-samples = @SAMPLES@
-
-
-def show(name, value):
-    """Print an output, and how far it is from the source model's where the artifact carries that."""
-    print(name, value.shape)
-    if "reference/" + name in samples:
-        reference = numpy.asarray(samples["reference/" + name][0], "float64")
-        difference = abs(numpy.asarray(value, "float64") - reference).max()
-        print("  largest difference from the source model:", difference)'''
-
-
 def _staging(output: Path) -> Path:
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -378,6 +354,7 @@ def failed_cell(cell: Cell, error: PortcallError, seconds: float) -> dict[str, A
         "path": None,
         "size_bytes": None,
         "seconds": round(seconds, 3),
+        "peak_rss_bytes": None,
         "parity": None,
         "eval": None,
     }

@@ -109,6 +109,7 @@ def _run_export(options: argparse.Namespace) -> tuple[dict[str, Any], str, int]:
         symmetric_weights=not options.asymmetric_weights,
         bias_correction=options.bias_correction,
         equalize=options.equalize,
+        options=dict(options.options),
         preprocess=options.preprocess,
         shapes=dict(options.shape),
         timeout_s=options.timeout,

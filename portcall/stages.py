@@ -16,6 +16,7 @@ import numpy as np
 from portcall.calibration.data import open_data, survey
 from portcall.source import open_reference
 from portcall.source_torch import flat_examples
+from portcall.targets.agent import memory
 from portcall.targets.agent.contract import Artifact, Graph, Range, Recipe, Source, TensorSpec
 from portcall.targets.agent.errors import BadInput, CellFailed, PortcallError
 
@@ -169,6 +170,8 @@ def export(arguments: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
         "inputs": [t.to_json() for t in exported.inputs],
         "outputs": [t.to_json() for t in exported.outputs],
         "versions": dict(exported.versions),
+        "min_runtime": exported.min_runtime,
+        "peak_rss_bytes": memory.peak_rss_bytes(),
         "notes": [*exported.notes, *_equalization(graph, arguments)],
     }
 

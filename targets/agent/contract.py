@@ -86,7 +86,12 @@ Ranges = Mapping[str, Range]
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to export: the precision word, the calibration method and options of the backend."""
+    """How to export: the precision word, the calibration method and options.
+
+    Options of every backend: "bias_correction", "keep_float", "weights", "weight_symmetric", "opset" (of ONNX files)
+    and "min_runtime" (a version of the backend's runtime that must still load the artifact). Others are the
+    backend's own: see ``Capabilities.options``; one that was not given is absent.
+    """
 
     precision: str
     method: str = "minmax"
@@ -168,31 +173,53 @@ class Graph:
 
 @dataclass(frozen=True)
 class BoundTensor:
-    """An input or output of an artifact: its name in the source, and what the runtime calls it."""
+    """An input or output of an artifact: its name in the source, and what the runtime calls it.
+
+    name, shape and dtype are the runtime's. permutation: the axes of the source's tensor in the runtime's order, None
+    for the same order. scale, zero_point: where the runtime takes integers for the source's float x, those are
+    round(x / scale) + zero_point, saturated.
+    """
 
     source: str
     name: str
     shape: Tuple[Dim, ...]
     dtype: str
+    permutation: Optional[Tuple[int, ...]] = None
+    scale: Optional[float] = None
+    zero_point: Optional[int] = None
 
     def to_json(self) -> Dict[str, Any]:
-        """Return the manifest's entry; permutation, scale and zero point are those of a float, unpermuted tensor."""
         return {
             "source": self.source,
             "name": self.name,
             "shape": list(self.shape),
             "dtype": self.dtype,
-            "permutation": None,
-            "scale": None,
-            "zero_point": None,
+            "permutation": None if self.permutation is None else list(self.permutation),
+            "scale": self.scale,
+            "zero_point": self.zero_point,
         }
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> BoundTensor:
+        permutation = data.get("permutation")
+        return BoundTensor(
+            data["source"],
+            data["name"],
+            tuple(data["shape"]),
+            data["dtype"],
+            None if permutation is None else tuple(permutation),
+            data.get("scale"),
+            data.get("zero_point"),
+        )
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What an exporter wrote into its folder: the file to load, all files, and the tensors.
+    """What an exporter wrote into its folder: the file (or folder) to load, all files, and the tensors.
 
-    notes: sentences for the manifest that a user should know (a layer left in float, a rounding).
+    files: relative to the folder, with "/" between the parts. notes: sentences for the manifest that a user should
+    know (a layer left in float, a rounding). min_runtime: the oldest version of the backend's runtime that loads it,
+    None where that is unknown.
     """
 
     entry: str
@@ -201,6 +228,7 @@ class Exported:
     outputs: Tuple[BoundTensor, ...]
     versions: Mapping[str, str]
     notes: Tuple[str, ...] = ()
+    min_runtime: Optional[str] = None
 
 
 @dataclass(frozen=True)
@@ -291,7 +319,8 @@ class Session:
 class Artifact:
     """An artifact, or a bare file, as a device sees it: its folder, the file to load, and its tensors.
 
-    inputs and outputs are empty for a bare file: then the runtime's own names serve as source names.
+    inputs and outputs are empty for a bare file: then the runtime's own names serve as source names. options: of the
+    recipe. identity: of the manifest; "" for a bare file. finished: what ``Backend.finish`` made of it here.
     """
 
     directory: Path
@@ -300,6 +329,10 @@ class Artifact:
     precision: str
     inputs: Tuple[BoundTensor, ...] = ()
     outputs: Tuple[BoundTensor, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+    min_runtime: Optional[str] = None
+    identity: str = ""
+    finished: Optional[Path] = None
 
     @property
     def path(self) -> Path:
@@ -313,20 +346,23 @@ class Artifact:
             "precision": self.precision,
             "inputs": [t.to_json() for t in self.inputs],
             "outputs": [t.to_json() for t in self.outputs],
+            "options": dict(self.options),
+            "min_runtime": self.min_runtime,
+            "identity": self.identity,
         }
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Artifact:
-        def bound(entries: Sequence[Mapping[str, Any]]) -> Tuple[BoundTensor, ...]:
-            return tuple(BoundTensor(t["source"], t["name"], tuple(t["shape"]), t["dtype"]) for t in entries)
-
         return Artifact(
             Path(data["directory"]),
             data["entry"],
             data["backend"],
             data["precision"],
-            bound(data["inputs"]),
-            bound(data["outputs"]),
+            tuple(BoundTensor.from_json(t) for t in data["inputs"]),
+            tuple(BoundTensor.from_json(t) for t in data["outputs"]),
+            dict(data.get("options", {})),
+            data.get("min_runtime"),
+            data.get("identity", ""),
         )
 
 
@@ -346,17 +382,32 @@ class Precision:
 
 
 @dataclass(frozen=True)
+class Option:
+    """An option of a backend's recipe: what it does, and the values it takes.
+
+    choices: of a word. kind: of other values, "text", "int", "float", "bool" or "path" (of a file that is read when
+    exporting). precisions: those that it concerns; empty for all.
+    """
+
+    meaning: str
+    choices: Tuple[str, ...] = ()
+    kind: str = "text"
+    precisions: Tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Capabilities:
     """The static facts of a backend.
 
     source_formats: of ``Source.format``. suffixes: of bare files that ``bench`` accepts for it.
-    host: where it can run ("any", or a platform's name).
+    host: where it can run ("any", or a platform's name). options: its own, by name, beside those of every recipe.
     """
 
     source_formats: Tuple[str, ...]
     precisions: Mapping[str, Precision]
     suffixes: Tuple[str, ...] = ()
     host: str = "any"
+    options: Mapping[str, Option] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -367,6 +418,8 @@ class Backend:
     lower(source, dir): once per model and graph kind, cached. export(graph, recipe, ranges, dir) writes the
     files of one artifact. load(artifact, workload): a context manager of a Session. census(artifact, shapes):
     counts integer arithmetic (shapes: source input name -> concrete shape).
+    finish(artifact, workload, dir): on the device, writes what it builds of the artifact (an engine, a compiled model)
+    into *dir* and returns its file's name; cached by the agent, and given to load as ``Artifact.finished``.
     interpret: like load, for a backend whose runtime is not at hand where it exports: runs the portable part of the
     artifact with another runtime. ``verify`` falls back on it and labels the parity; ``bench`` never uses it.
     example: the text of an ``example.py`` that needs only the runtime; @ENTRY@ stands for the file to load, @COMMON@
@@ -383,3 +436,4 @@ class Backend:
     census: Callable[[Artifact, Mapping[str, Tuple[int, ...]]], Census]
     example: str
     interpret: Optional[Callable[[Artifact, Workload], ContextManager[Session]]] = None
+    finish: Optional[Callable[[Artifact, Workload, Path], str]] = None

@@ -87,6 +87,7 @@ def machine(root: Path = _ROOT) -> Dict[str, Any]:
     facts.put("memory_limit_bytes", limit, "no cgroup limits it")
     facts.put("governor", _distinct(root, "cpufreq/scaling_governor"), "no cpufreq in /sys")
     facts.put("max_frequency_khz", _distinct(root, "cpufreq/cpuinfo_max_freq"), "no cpufreq in /sys")
+    facts.put("gpus", _gpus(root), "no NVIDIA driver in /proc")
     facts.put("smt", _switch(root, "smt/active"), "no smt/active in /sys")
     boost, no_turbo = _switch(root, "cpufreq/boost"), _switch(root, "intel_pstate/no_turbo")
     if boost is None and no_turbo is not None:
@@ -108,6 +109,8 @@ def stack(root: Path = _ROOT) -> Dict[str, Any]:
     facts.put("os", _os_name(root), "no /etc/os-release")
     facts.put("kernel", f"{platform.system()} {platform.release()}")
     facts.put("libc", _libc(), "neither confstr nor the interpreter's file tells it")
+    driver = re.search(r"Kernel Module\D+([\d.]+)", _read(root, "proc/driver/nvidia/version") or "")
+    facts.put("gpu_driver", driver.group(1) if driver else None, "no NVIDIA driver in /proc")
     facts.put("microcode", _first(_cpuinfo(root), "microcode"), "not in /proc/cpuinfo")
     huge = re.search(r"\[(\w+)\]", _read(root, "sys/kernel/mm/transparent_hugepage/enabled") or "")
     facts.put("transparent_hugepage", huge.group(1) if huge else None, "not in /sys")
@@ -277,6 +280,13 @@ def _meminfo(root: Path) -> Dict[str, int]:
 def _board(root: Path) -> Optional[str]:
     text = _read(root, "proc/device-tree/model") or _read(root, "sys/class/dmi/id/product_name")
     return text.strip("\0 \n") or None if text else None
+
+
+def _gpus(root: Path) -> Optional[List[str]]:
+    """Return the models of the NVIDIA GPUs, as the driver's /proc files name them."""
+    files = sorted((root / "proc/driver/nvidia/gpus").glob("*/information"))
+    found = [re.search(r"^Model:\s*(.+)$", _read(file.parent, file.name) or "", re.M) for file in files]
+    return [match.group(1).strip() for match in found if match] or None
 
 
 def _switch(root: Path, name: str) -> Optional[bool]:

@@ -8,14 +8,25 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import re
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 
 from portcall.targets.agent import fingerprint, memory
-from portcall.targets.agent.contract import Artifact, Available, Backend, Session, Workload
+from portcall.targets.agent.binding import to_runtime, to_source
+from portcall.targets.agent.contract import (
+    Artifact,
+    Available,
+    Backend,
+    BoundTensor,
+    Session,
+    TensorSpec,
+    Workload,
+)
 from portcall.targets.agent.errors import (
     BadInput,
     CellFailed,
@@ -23,6 +34,7 @@ from portcall.targets.agent.errors import (
     UnsupportedError,
     VerificationFailed,
 )
+from portcall.targets.agent.finishing import finished
 from portcall.targets.agent.measure import run_loop
 from portcall.targets.agent.parity import ParityAccumulator
 
@@ -50,13 +62,44 @@ def probe(arguments: Mapping[str, Any], progress: Progress) -> Dict[str, Any]:
     return {"available": False, "version": None, "reason": found.reason, "fix": found.fix}
 
 
-@contextlib.contextmanager
-def _session(artifact: Artifact, workload: Workload) -> Iterator[Tuple[Session, Dict[str, int]]]:
-    """Yield a Session and what it took: ``baseline_bytes`` after importing the runtime, ``load_ns`` without it."""
+def ready(artifact: Artifact, workload: Workload) -> Tuple[Backend, Artifact, Optional[Dict[str, Any]]]:
+    """Return the backend, the artifact with what this device built of it, and the record of that.
+
+    Raises UnavailableError without the runtime, UnsupportedError where it is too old for the artifact.
+    """
     backend = _backend(artifact.backend)
     found = backend.probe("run")
     if not isinstance(found, Available):
         raise UnavailableError(found.reason, found.fix)
+    if artifact.min_runtime is not None and is_older(found.version, artifact.min_runtime):
+        raise UnsupportedError(
+            f"this artifact needs {artifact.backend} {artifact.min_runtime} or newer, here is {found.version}",
+            f"Update the runtime, or export with --option {artifact.backend}.min_runtime={found.version}",
+        )
+    path, record = finished(backend, artifact, workload, found.version)
+    return backend, replace(artifact, finished=path), record
+
+
+def is_older(version: str, minimum: str) -> bool:
+    """Tell whether *version* comes before *minimum*; False where one of them is no dotted number (iOS17)."""
+    numbers = [re.match(r"\d+(\.\d+)*", text) for text in (version, minimum)]
+    if numbers[0] is None or numbers[1] is None:
+        return False
+    have, need = ([int(part) for part in found.group().split(".")] for found in numbers if found)
+    length = max(len(have), len(need))
+    return have + [0] * (length - len(have)) < need + [0] * (length - len(need))
+
+
+def finish(arguments: Mapping[str, Any], progress: Progress) -> Optional[Dict[str, Any]]:
+    """Build what ends on the device (an engine, a compiled model), unless it is cached; return its record."""
+    workload = Workload.from_json(arguments["workload"])
+    return ready(Artifact.from_json(arguments["artifact"]), workload)[2]
+
+
+@contextlib.contextmanager
+def _session(artifact: Artifact, workload: Workload) -> Iterator[Tuple[Session, Dict[str, int]]]:
+    """Yield a Session and what it took: ``baseline_bytes`` after importing the runtime, ``load_ns`` without it."""
+    backend, artifact, _ = ready(artifact, workload)
     costs = {"baseline_bytes": memory.current_rss_bytes()}
     start = time.perf_counter_ns()
     with backend.load(artifact, workload) as session:
@@ -74,14 +117,12 @@ def describe(arguments: Mapping[str, Any], progress: Progress) -> Dict[str, Any]
 
 
 class _Names:
-    """Source names to runtime names and back; the identity for a bare file."""
+    """The source's tensors to the runtime's and back; the identity for a bare file."""
 
     def __init__(self, artifact: Artifact, session: Session) -> None:
-        self.inputs = {t.source: t.name for t in artifact.inputs} or {t.name: t.name for t in session.inputs}
-        self.outputs = {t.name: t.source for t in artifact.outputs} or {
-            t.name: t.name for t in session.outputs
-        }
-        missing = sorted(set(self.inputs.values()) - {t.name for t in session.inputs})
+        self.inputs = {t.source: t for t in artifact.inputs or map(_bare, session.inputs)}
+        self.outputs = {t.name: t for t in artifact.outputs or map(_bare, session.outputs)}
+        missing = sorted({t.name for t in self.inputs.values()} - {t.name for t in session.inputs})
         if missing:
             raise CellFailed(
                 f"the loaded file has no input {missing[0]!r}: the manifest does not belong to it",
@@ -89,14 +130,15 @@ class _Names:
             )
 
     def bind(self, session: Session, arrays: Mapping[str, np.ndarray]) -> None:
-        session.set_inputs(
-            {name: np.asarray(arrays[source], order="C") for source, name in self.inputs.items()}
-        )
+        session.set_inputs({t.name: to_runtime(t, arrays[t.source]) for t in self.inputs.values()})
 
     def results(self, session: Session) -> Dict[str, np.ndarray]:
-        return {
-            self.outputs[name]: array for name, array in session.get_outputs().items() if name in self.outputs
-        }
+        found = [(self.outputs.get(name), array) for name, array in session.get_outputs().items()]
+        return {tensor.source: to_source(tensor, array) for tensor, array in found if tensor is not None}
+
+
+def _bare(spec: TensorSpec) -> BoundTensor:
+    return BoundTensor(spec.name, spec.name, spec.shape, spec.dtype)
 
 
 def verify(arguments: Mapping[str, Any], progress: Progress) -> Dict[str, Any]:
@@ -205,7 +247,8 @@ def _batch(
     """Return the first sample, or *size* samples joined along the first axis (repeated where there are fewer)."""
     if size == 1:
         return {k: v[0] for k, v in inputs.items()}
-    fixed = [t for t in session.inputs if t.name in names.inputs.values() and not isinstance(t.shape[0], str)]
+    bound = {t.name for t in names.inputs.values()}
+    fixed = [t for t in session.inputs if t.name in bound and not isinstance(t.shape[0], str)]
     if fixed:
         raise UnsupportedError(
             "batch %d: input %s has a fixed first dimension" % (size, fixed[0]), "Use --batch 1"

@@ -383,8 +383,12 @@ print(json.dumps(sorted(set(sys.modules) - before)))
         elsewhere["source"] = {**manifest["source"], "spec": "/somewhere/else.onnx"}
         assert artifacts.identity(elsewhere) == manifest["identity"]
         assert artifacts.identity({**manifest, "precision": "fp64"}) != manifest["identity"]
-        files = {p.name for p in artifact.iterdir()} - {"manifest.json"}
-        assert set(manifest["files"]) == files >= {manifest["entry"], "samples.npz", "example.py"}
+        files = {p.relative_to(artifact).as_posix() for p in artifact.rglob("*") if p.is_file()}
+        files -= {"manifest.json"}
+        assert set(manifest["files"]) == files >= {"samples.npz", "example.py"}
+        assert any(
+            f"{name}/".startswith(f"{manifest['entry']}/") for name in files
+        )  # an entry may be a folder
 
     def test_tampering_is_refused(self, artifact: Path, tmp_path: Path) -> None:
         copy = shutil.copytree(artifact, tmp_path / "copy")
@@ -401,18 +405,23 @@ print(json.dumps(sorted(set(sys.modules) - before)))
 
     def test_tampered_artifact_fails_verification(self, artifact: Path, tmp_path: Path) -> None:
         copy = shutil.copytree(artifact, tmp_path / "copy")
-        with (copy / artifacts.read_manifest(copy)["entry"]).open("ab") as stream:
+        entry = artifacts.read_manifest(copy)["entry"]
+        if (copy / entry).is_dir():
+            entry = next(n for n in artifacts.read_manifest(copy)["files"] if n.startswith(f"{entry}/"))
+        with (copy / entry).open("ab") as stream:
             stream.write(b"\0")
         [result] = portcall.api.verify(copy)["results"]
         assert result["outcome"] == "failed" and "sha256 differs" in result["reason"] and result["fix"]
 
-    @pytest.mark.parametrize("name", ["../x", "/etc/passwd", "sub/x", "..", "", "not-listed.bin"])
+    @pytest.mark.parametrize(
+        "name", ["../x", "/etc/passwd", "sub/../../x", "sub//x", "..", "", "not-listed.bin"]
+    )
     def test_a_manifest_that_names_other_files_is_refused(
         self, artifact: Path, tmp_path: Path, name: str
     ) -> None:
         copy = shutil.copytree(artifact, tmp_path / "copy")
         manifest = json.loads((copy / "manifest.json").read_text())
-        (tmp_path / "x").write_bytes((copy / manifest["entry"]).read_bytes())
+        (tmp_path / "x").write_bytes((copy / "samples.npz").read_bytes())
         for changed in (
             {**manifest, "entry": name},
             {**manifest, "files": {**manifest["files"], name: next(iter(manifest["files"].values()))}},
