@@ -105,22 +105,48 @@ def _samples_line(results: Sequence[Mapping[str, Any]]) -> str:
     return text
 
 
-def doctor_table(
-    backends: Sequence[Mapping[str, Any]],
-    targets: Sequence[Mapping[str, Any]],
-    calibration: Mapping[str, Any],
-) -> str:
+STATES: Mapping[str, str] = {
+    "run": "exported and run here",
+    "interpreted": "exported here, proven by an interpreter; it runs on its device",
+    "blind": "exported here, where nothing can run it",
+    "no": "not exported here: see its reason",
+}
+"""What a cell of doctor's matrix says."""
+
+
+def doctor_table(answer: Mapping[str, Any], options: bool = False) -> str:
+    """Return what ``doctor`` found: the matrix of precisions and backends, then reasons and fixes.
+
+    options: list the options of each backend too.
+    """
+    backends = answer["backends"]
+    words = list(dict.fromkeys(word for b in backends for word in b["precisions"]))
+    matrix = [[w, *(b["state"] if w in b["precisions"] else ABSENT for b in backends)] for w in words]
+    used = {b["state"] for b in backends}
+    parts = [
+        align(["precision", *(b["name"] for b in backends)], matrix, left=len(backends) + 1),
+        "\n".join(f"{state}: {meaning}" for state, meaning in STATES.items() if state in used),
+    ]
     rows = []
     for b in backends:
         for role in ("export", "run"):
             found = b[role]
             state = f"yes ({found['version']})" if found["available"] else "no"
-            note = "" if found["available"] else f"{found['reason']}; fix: {found['fix']}"
-            rows.append([b["name"], role, state, ", ".join(b["precisions"]), note])
-    text = align(["backend", "role", "available", "precisions", "note"], rows, left=4)
-    text += "\n\n" + align(["target", "description"], [[t["name"], t["description"]] for t in targets])
+            rows.append([b["name"], role, state, found["reason"] or "", found["fix"] or ""])
+    parts.append(align(["backend", "role", "available", "reason", "fix"], rows, left=5))
+    if options:
+        entries = [
+            [f"{b['name']}.{o['name']}", ", ".join(o["choices"]) or o["kind"], o["meaning"]]
+            for b in backends
+            for o in b["options"]
+        ]
+        parts.append(align(["option", "values", "meaning"], entries, left=3))
+    targets = [[t["name"], t["description"]] for t in answer["targets"]]
+    parts.append(align(["target", "description"], targets))
+    calibration = answer["calibration"]
     fix = f"; fix: {calibration['fix']}" if calibration["fix"] else ""
-    return f"{text}\n\ncalibration counts with the kernel: {calibration['kernel']}{fix}"
+    parts.append(f"calibration counts with the kernel: {calibration['kernel']}{fix}")
+    return "\n\n".join(parts)
 
 
 def _note(result: Mapping[str, Any]) -> str:

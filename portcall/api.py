@@ -226,9 +226,16 @@ def doctor(*, timeout_s: float = 120.0) -> dict[str, Any]:
     entries = []
     with open_workspace(Reporter(False), timeout_s) as work:
         for name in backend_names():
+            backend = get_backend(name)
             entry: dict[str, Any] = {
                 "name": name,
-                "precisions": list(get_backend(name).capabilities.precisions),
+                "precisions": list(backend.capabilities.precisions),
+                "meanings": {k: p.meaning for k, p in backend.capabilities.precisions.items()},
+                "source_formats": list(backend.capabilities.source_formats),
+                "options": [
+                    {"name": k, "kind": o.kind, "choices": list(o.choices), "meaning": o.meaning}
+                    for k, o in backend.capabilities.options.items()
+                ],
             }
             for role in ("export", "run"):
                 job = {"backend": name, "role": role}
@@ -241,6 +248,7 @@ def doctor(*, timeout_s: float = 120.0) -> dict[str, Any]:
                         "reason": error.message,
                         "fix": error.fix,
                     }
+            entry["state"] = _state(entry, backend.interpret is not None)
             entries.append(entry)
     targets = [{"name": n, "description": get_target(n).description} for n in target_names()]
     return {
@@ -254,6 +262,15 @@ def doctor(*, timeout_s: float = 120.0) -> dict[str, Any]:
             else "Install a C compiler, reinstall portcall; unset PORTCALL_NO_EXTENSION",
         },
     }
+
+
+def _state(entry: Mapping[str, Any], interpreter: bool) -> str:
+    """Return what becomes of an export here: "run", "interpreted", "blind" (nothing can check it) or "no"."""
+    if not entry["export"]["available"]:
+        return "no"
+    if entry["run"]["available"]:
+        return "run"
+    return "interpreted" if interpreter else "blind"
 
 
 class LoadedArtifact:

@@ -89,8 +89,13 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _doctor(commands: Any) -> None:
-    _command(
+    parser = _command(
         commands, "doctor", "show what can be exported and run here, with reason and fix", "portcall doctor"
+    )
+    parser.add_argument(
+        "--options",
+        action="store_true",
+        help="list the options of each backend too (portcall export --option)",
     )
 
 

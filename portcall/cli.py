@@ -25,7 +25,7 @@ def _run_doctor(options: argparse.Namespace) -> tuple[dict[str, Any], str, int]:
     from portcall.bench.report import doctor_table
 
     answer = api.doctor(timeout_s=options.timeout)
-    return answer, doctor_table(answer["backends"], answer["targets"], answer["calibration"]), OK
+    return answer, doctor_table(answer, options.options), OK
 
 
 def _run_calibrate(options: argparse.Namespace) -> tuple[dict[str, Any], str, int]:

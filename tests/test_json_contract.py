@@ -129,6 +129,8 @@ def test_doctor(portcall: Run) -> None:
                 backend["name"],
             )
             assert (backend[role]["reason"] is None) == backend[role]["available"]
+        assert backend["state"] in ("run", "interpreted", "blind", "no")
+        assert set(backend["meanings"]) == set(backend["precisions"])
     assert [t["name"] for t in answer["targets"]] == ["local"]
 
 
@@ -428,7 +430,12 @@ def _table(text: str) -> list[dict[str, str]]:
 
 
 def test_doctor_table_aligns(portcall: Run) -> None:
-    rows = _table(portcall("doctor").stdout)
+    parts = portcall("doctor", "--options").stdout.split("\n\n")
+    matrix, rows, options = _table(parts[0]), _table(parts[2]), _table(parts[3])
+    assert {row["precision"]: row["onnxruntime"] for row in matrix}["int16x8"] == "-"
+    assert {row["precision"]: row["onnxruntime"] for row in matrix}["int8"] == "run"
+    assert {row["option"] for row in options} >= {"onnxruntime.opset", "onnxruntime.min_runtime"}
+    assert all(row["values"] and row["meaning"] for row in options)
     assert {(r["backend"], r["role"]) for r in rows} >= {("onnxruntime", "run"), ("tflite", "export")}
     assert all(r["available"].split(" (")[0] in ("yes", "no") for r in rows)
 
