@@ -164,7 +164,7 @@ class Cells:
             "path": str(self._plan.output / cell.folder),
             "size_bytes": artifacts.model_bytes(manifest),
             "seconds": manifest["seconds"],
-            "peak_rss_bytes": exported["peak_rss_bytes"],
+            "peak_rss_bytes": max(exported["peak_rss_bytes"], graph.peak_rss_bytes),
             "parity": manifest["parity"],
             "eval": manifest["eval"],
             "arithmetic": manifest["arithmetic"],

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ def lower(arguments: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
             from portcall.exporters import _equalize
 
             graph = _equalize.equalize(graph, directory)
+        graph = replace(graph, peak_rss_bytes=memory.peak_rss_bytes())
         (directory / "graph.json").write_text(json.dumps(graph.to_json()))
     return graph.to_json()
 

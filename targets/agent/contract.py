@@ -146,7 +146,8 @@ class Graph:
     """A source lowered to the form that is tapped and exported.
 
     kind: "onnx" (the canonical ONNX graph) or "tflite" (the float flatbuffer). Backends of one kind share it.
-    names: name of an input or output in the source -> its name in this graph.
+    names: name of an input or output in the source -> its name in this graph. peak_rss_bytes: of the process that
+    lowered it.
     """
 
     kind: str
@@ -154,6 +155,7 @@ class Graph:
     sha256: str
     source: Source
     names: Mapping[str, str]
+    peak_rss_bytes: int = 0
 
     def to_json(self) -> Dict[str, Any]:
         return {
@@ -162,12 +164,18 @@ class Graph:
             "sha256": self.sha256,
             "source": self.source.to_json(),
             "names": dict(self.names),
+            "peak_rss_bytes": self.peak_rss_bytes,
         }
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Graph:
         return Graph(
-            data["kind"], Path(data["path"]), data["sha256"], Source.from_json(data["source"]), data["names"]
+            data["kind"],
+            Path(data["path"]),
+            data["sha256"],
+            Source.from_json(data["source"]),
+            data["names"],
+            data["peak_rss_bytes"],
         )
 
 
