@@ -57,17 +57,25 @@ def lower(source: Source, directory: Path) -> Graph:
 def _export_torch(source: Source, path: Path) -> None:
     import torch
 
+    from portcall.exporters import _unsupported
+
     program = torch.export.load(source.path)
     args, kwargs = program.example_inputs
-    exported = torch.onnx.export(
-        program,
-        args,
-        kwargs=kwargs,
-        dynamo=True,
-        input_names=[t.name for t in source.inputs],
-        output_names=[t.name for t in source.outputs],
-        verbose=False,
-    )
+    try:
+        exported = torch.onnx.export(
+            program,
+            args,
+            kwargs=kwargs,
+            dynamo=True,
+            input_names=[t.name for t in source.inputs],
+            output_names=[t.name for t in source.outputs],
+            verbose=False,
+        )
+    except torch.onnx.OnnxExporterError as error:
+        explained = _unsupported.explain(error, program, "ONNX")
+        if explained is None:
+            raise
+        raise explained from error
     assert exported is not None
     exported.save(str(path), external_data=True)
 

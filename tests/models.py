@@ -100,3 +100,15 @@ def raises() -> tuple[Any, ...]:
 
 def returns_nonsense() -> int:
     return 3
+
+
+class Decomposed(nn.Module):
+    """Singular values: no format has them."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        _, values, _ = torch.linalg.svd(x)
+        return values  # type: ignore[no-any-return]  # torch.linalg ships no types
+
+
+def decomposed() -> tuple[Any, ...]:
+    return Decomposed().eval(), (torch.randn(1, 4, 4),), None
