@@ -45,6 +45,7 @@ class _Subject:
     memory: dict[str, Any] | None = None
     wall: list[np.ndarray[Any, Any]] = field(default_factory=list)
     cpu: list[np.ndarray[Any, Any]] = field(default_factory=list)
+    device: list[np.ndarray[Any, Any]] = field(default_factory=list)
     answers: list[dict[str, Any]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     spent_s: float = 0.0
@@ -235,7 +236,7 @@ def _measure_memory(driver: Driver, subject: _Subject, workload: Workload) -> No
 def _measure(work: Workspace, driver: Driver, subject: _Subject, workload: Workload, number: int) -> None:
     """Time one process; with a cap, it gets its share of what the processes before it left over."""
     start = time.monotonic()
-    files = {k: work.folder / f"{k}-{number}.npy" for k in ("wall", "cpu")}
+    files = {k: work.folder / f"{k}-{number}.npy" for k in ("wall", "cpu", "device")}
     job = {**_job(subject, workload), **{k: str(v) for k, v in files.items()}, "deadline_s": None}
     if workload.max_time_s is not None:
         left = workload.max_time_s - subject.spent_s
@@ -245,6 +246,7 @@ def _measure(work: Workspace, driver: Driver, subject: _Subject, workload: Workl
     subject.answers.append(answer)
     subject.wall.append(np.load(files["wall"]))
     subject.cpu.append(np.load(files["cpu"]))
+    subject.device.append(np.load(files["device"]))
     took_s = time.monotonic() - start
     subject.spent_s += took_s
     subject.startup_s = took_s - answer["elapsed_s"]
@@ -263,6 +265,7 @@ def _result(subject: _Subject, target: str, workload: Workload) -> dict[str, Any
         "fix": None,
         "latency": None,
         "cpu": None,
+        "device": None,
         "load_ns": None,
         "first_ns": None,
         "throughput_per_s": None,
@@ -287,6 +290,8 @@ def _result(subject: _Subject, target: str, workload: Workload) -> dict[str, Any
     latency, warnings = summarize(subject.wall)
     result["latency"] = latency
     result["cpu"] = {"p50_ns": percentile(np.concatenate(subject.cpu), 0.5)}
+    if all(times.size for times in subject.device):  # beside the wall clock's: a GPU's own
+        result["device"] = summarize(subject.device)[0]
     result["load_ns"] = float(np.median([a["load_ns"] for a in subject.answers]))
     result["first_ns"] = float(np.median([a["first_ns"] for a in subject.answers]))
     result["throughput_per_s"] = workload.batch * 1e9 / latency["mean_ns"]
@@ -307,6 +312,7 @@ def _save(output: Path, subjects: Sequence[_Subject], results: Sequence[Mapping[
         for number, subject in enumerate(subjects):
             arrays: dict[str, Any] = {f"wall_ns_{i}": a for i, a in enumerate(subject.wall)}
             arrays |= {f"cpu_ns_{i}": a for i, a in enumerate(subject.cpu)}
+            arrays |= {f"device_ns_{i}": a for i, a in enumerate(subject.device) if a.size}
             np.savez_compressed(part / f"{number:03d}-{subject.label.replace(':', '-')}.npz", **arrays)
         raw.mkdir(exist_ok=True)
         for old in raw.glob("[0-9][0-9][0-9]-*.npz"):  # of an earlier bench; anything else is the user's

@@ -43,17 +43,16 @@ def _float32_scale(high: float, low: float, steps: int) -> float:
     return 1.0 if exact < np.finfo(np.float32).tiny else float(np.float32(exact))
 
 
-def tensorrt_cache(ranges: Ranges, version: str = "TRT-100300-EntropyCalibration2") -> str:
+def tensorrt_cache(ranges: Ranges, version: str = "10.3.0") -> str:
     """Return the text that ``IInt8EntropyCalibrator2.read_calibration_cache`` hands to TensorRT (up to version 10).
 
-    version: the first line; TensorRT takes a cache only from its own version: major * 10000 + minor * 100 + patch
-    (up to TensorRT 9 major * 1000 + ...), so 10.3.0 is 100300 and 8.6.1 is 8601. Then a line per tensor: its name, a
-    colon, a space, and the bits of its float32 scale in hexadecimal digits without leading zeros, as TensorRT prints
-    them. Tensors with sentinel values get no line: TensorRT leaves what has no scale in floating point.
-    Raises UnsupportedError for a name with a line break. Source: caches that TensorRT wrote, and their readers in
-    NVIDIA's Model Optimizer (``import_scales_from_calib_cache``) and ONNX Runtime (``ReadDynamicRange``).
+    version: of that TensorRT, which takes a cache only with its own first line (see ``cache_header``). Then a line per
+    tensor: its name, a colon, a space, and the bits of its float32 scale in hexadecimal digits without leading zeros,
+    as TensorRT prints them. Tensors with sentinel values get no line: TensorRT leaves what has no scale in floating
+    point. Raises UnsupportedError for a name with a line break. Source: caches that TensorRT wrote, and their readers
+    in NVIDIA's Model Optimizer (``import_scales_from_calib_cache``) and ONNX Runtime (``ReadDynamicRange``).
     """
-    lines = [version]
+    lines = [cache_header(version)]
     for name, found in ranges.items():
         if found.is_beyond_int8():
             continue
@@ -65,6 +64,26 @@ def tensorrt_cache(ranges: Ranges, version: str = "TRT-100300-EntropyCalibration
         (bits,) = struct.unpack(">I", struct.pack(">f", symmetric_scale(found)))
         lines.append(f"{name}: {bits:x}")
     return "\n".join(lines) + "\n"
+
+
+def cache_header(version: str) -> str:
+    """Return the first line of a calibration cache of TensorRT *version*: TRT-8601-EntropyCalibration2 for 8.6.1.
+
+    Given another one TensorRT ignores the cache and calibrates again, or fails for want of data.
+    The number is ``NV_TENSORRT_VERSION`` of NvInferVersion.h: major * 10000 + minor * 100 + patch, so 100300 is 10.3.0;
+    up to TensorRT 9 major * 1000 + minor * 100 + patch. Raises BadInput for what is no version, UnsupportedError for
+    TensorRT 11, which reads no cache.
+    """
+    parts = version.split(".")
+    if not 2 <= len(parts) <= 4 or not all(p.isdigit() for p in parts):
+        raise BadInput(f"{version!r} is no version of TensorRT", "Write it as 8.6.1 or 10.3.0")
+    major, minor, patch = (int(p) for p in (*parts, "0")[:3])
+    if major > 10:
+        raise UnsupportedError(
+            f"TensorRT {version} reads no calibration cache: it has no calibrators any more",
+            "Give it the Q/DQ model",
+        )
+    return f"TRT-{major * (10000 if major >= 10 else 1000) + minor * 100 + patch}-EntropyCalibration2"
 
 
 def read_tensorrt_cache(text: str) -> Dict[str, float]:

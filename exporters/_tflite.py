@@ -44,11 +44,12 @@ def _write(model: Any) -> bytes:
 def with_source_interface(flatbuffer: bytes, source: Source) -> bytes:
     """Return the flatbuffer with one signature whose inputs and outputs carry the source's names and dtypes.
 
-    The converter numbers them (args_0, output_0) in the order of the exported program, and narrows int64 to int32:
-    a CAST at either end keeps the source's dtype.
+    litert-torch numbers them (args_0, output_0) in the order of the exported program, and narrows int64 to int32:
+    a CAST at either end keeps the source's dtype. TensorFlow's converter keeps names, in an order of its own.
     """
     model = _read(flatbuffer)
     signature, graph = model.signatureDefs[0], model.subgraphs[0]
+    graph.inputs, graph.outputs = [list(map(int, ends)) for ends in (graph.inputs, graph.outputs)]
     for maps, indices, specs, end in (
         (signature.inputs, graph.inputs, source.inputs, "input"),
         (signature.outputs, graph.outputs, source.outputs, "output"),
@@ -59,6 +60,10 @@ def with_source_interface(flatbuffer: bytes, source: Source) -> bytes:
                 f"the converter kept {len(by_index)} of {len(specs)} {end}s",
                 f"Remove unused or repeated {end}s",
             )
+        named = {m.name.decode(): m for m in maps}
+        if set(named) == {spec.name for spec in specs}:
+            indices[:] = [named[spec.name].tensorIndex for spec in specs]
+            maps[:] = [named[spec.name] for spec in specs]
         for position, spec in enumerate(specs):
             entry = by_index[indices[position]]
             entry.name = spec.name.encode()
@@ -70,7 +75,7 @@ def _with_dtype(model: Any, index: int, spec: TensorSpec, end: str) -> int:
     """Return the index of a tensor of the source's dtype, joined to tensor *index* by a CAST if that is narrower."""
     import copy
 
-    from ai_edge_litert.schema_py_generated import BuiltinOperator, OperatorCodeT, OperatorT, TensorType
+    from ai_edge_litert.schema_py_generated import OperatorT, TensorType
 
     graph = model.subgraphs[0]
     inner = graph.tensors[index]
@@ -84,16 +89,26 @@ def _with_dtype(model: Any, index: int, spec: TensorSpec, end: str) -> int:
     outer = copy.copy(inner)
     outer.type, outer.name, outer.buffer = wanted, inner.name + b"_int64", 0
     graph.tensors.append(outer)
-    code = OperatorCodeT()
-    code.builtinCode = code.deprecatedBuiltinCode = BuiltinOperator.CAST
-    code.version = 1
-    model.operatorCodes.append(code)
     cast = OperatorT()
-    cast.opcodeIndex = len(model.operatorCodes) - 1
+    cast.opcodeIndex = operator_code(model, "CAST")
     ends = [len(graph.tensors) - 1, index]
     cast.inputs, cast.outputs = (ends[:1], ends[1:]) if end == "input" else (ends[1:], ends[:1])
     graph.operators.insert(0 if end == "input" else len(graph.operators), cast)
     return ends[0]
+
+
+def operator_code(model: Any, kind: str, version: int = 1) -> int:
+    """Return the index of an operator's code; it is appended where the model has none."""
+    from ai_edge_litert.schema_py_generated import BuiltinOperator, OperatorCodeT
+
+    number = getattr(BuiltinOperator, kind)
+    for index, code in enumerate(model.operatorCodes):
+        if max(code.builtinCode, code.deprecatedBuiltinCode) == number and code.version == version:
+            return index
+    code = OperatorCodeT()
+    code.builtinCode, code.deprecatedBuiltinCode, code.version = number, min(number, 127), version
+    model.operatorCodes.append(code)
+    return len(model.operatorCodes) - 1
 
 
 def with_outputs(flatbuffer: bytes, indices: Sequence[int]) -> bytes:

@@ -67,7 +67,27 @@ def quantize(
         assert ranges is not None
         calibration.update(_activation_ranges(model, _tflite.tapped_tensors(path), ranges))
     result = work.quantize(calibration or None, enable_progress_bar=False, enable_progress_report=False)
-    return _tflite._write(_tflite._read(bytes(result.quantized_model))), notes
+    quantized = _tflite._read(bytes(result.quantized_model))
+    _restore_signature(quantized, model)
+    return _tflite._write(quantized), notes
+
+
+def _restore_signature(quantized: Any, model: Any) -> None:
+    """Let the signature name the inputs and outputs of the graph again.
+
+    Where operators read an output as well, ai-edge-quantizer 0.10 dequantizes it for the graph's outputs and leaves the
+    signature at the integers.
+    """
+    graph, before = quantized.subgraphs[0], model.subgraphs[0]
+    now, then = quantized.signatureDefs[0], model.signatureDefs[0]
+    for new, old, ends, were in (
+        (now.inputs, then.inputs, graph.inputs, before.inputs),
+        (now.outputs, then.outputs, graph.outputs, before.outputs),
+    ):
+        place = {int(index): position for position, index in enumerate(were)}
+        index_of = {entry.name: int(ends[place[int(entry.tensorIndex)]]) for entry in old}
+        for entry in new:
+            entry.tensorIndex = index_of[entry.name]
 
 
 def _check_weights(precision: str, scheme: Scheme, operators: Sequence[Tuple[str, str]]) -> None:

@@ -1,10 +1,12 @@
-"""TensorRT 10 and newer: fp32, and int8 as explicit symmetric Q/DQ. The engine is built on the device, from ONNX.
+"""TensorRT 8.6 to 11: fp32, fp16 and bf16 by the types of the graph, int8 as explicit symmetric Q/DQ.
 
-Older versions take a calibration cache instead, which lies beside the int8 model.
+The engine is built on the device, from ONNX and a recipe. A calibration cache for TensorRT up to 10 lies beside the
+int8 model; a calibrator for it is in ``calibration/tensorrt_calibrator.py``.
 """
 
 from __future__ import annotations
 
+import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Dict, Iterator, Mapping, Optional, Tuple, Union
@@ -17,37 +19,40 @@ from portcall.targets.agent.contract import (
     Census,
     Exported,
     Graph,
+    Option,
     Precision,
     Ranges,
     Recipe,
     Session,
     Source,
-    TensorSpec,
     Unavailable,
     Workload,
 )
-from portcall.targets.agent.errors import CellFailed, UnsupportedError
 from portcall.targets.agent.probing import probe_modules
 
-CACHE = "calibration.cache"
-CACHE_NOTE = (
-    f"{CACHE} is for TensorRT up to 10 without Q/DQ: give it with the model.onnx of the fp32 artifact, "
-    "its first line changed to that TensorRT's version (8.6.1 is TRT-8601, 10.3.0 is TRT-100300)"
-)
+ENGINE = "model.engine"
+ENGINE_SUFFIXES = (".engine", ".plan")
 
 
 def probe(role: str) -> Union[Available, Unavailable]:
+    """Tell whether TensorRT exports or runs here; where there is no GPU its own Runtime is not asked, it crashes."""
     if role == "export":
         return probe_modules("onnxruntime", ["onnx", "onnxruntime"])
     found = probe_modules("tensorrt", ["tensorrt"])
     if isinstance(found, Unavailable):
         return found
-    if found.version.partition(".")[0] in ("5", "6", "7", "8", "9"):
-        return Unavailable(f"TensorRT {found.version} is older than 10", "pip install 'tensorrt>=10'")
+    numbers = [int(part) for part in found.version.split(".")[:2] if part.isdigit()]
+    if len(numbers) == 2 and numbers < [8, 6]:
+        return Unavailable(f"TensorRT {found.version} is older than 8.6", "pip install 'tensorrt>=10'")
+    return probe_gpu("tensorrt", found)
+
+
+def probe_gpu(extra: str, found: Available) -> Union[Available, Unavailable]:
+    """Return *found*, or what its GPU, the driver or the CUDA bindings lack."""
     problem = _no_gpu()
     if problem is not None:
         return Unavailable(problem, "Run it where nvidia-smi shows a GPU")
-    cuda = probe_modules("tensorrt", ["cuda.bindings.runtime"], distribution="cuda-bindings")
+    cuda = probe_modules(extra, ["cuda.bindings.runtime"], distribution="cuda-bindings")
     return cuda if isinstance(cuda, Unavailable) else found
 
 
@@ -73,181 +78,134 @@ def lower(source: Source, directory: Path) -> Graph:
 
 
 def export(graph: Graph, recipe: Recipe, ranges: Optional[Ranges], directory: Path) -> Exported:
+    from portcall.exporters import _encodings, _tensorrt, _tensorrt_recipe
+
+    options = recipe.options
+    oldest = _tensorrt_recipe.oldest_runtime(recipe.precision, options)
+    profile = _tensorrt.chosen_profile(options, graph.source.inputs, graph.source.example_shapes)
+    files, notes = write_model(graph, recipe, ranges, directory / "model.onnx")
+    version = _tensorrt_recipe.cache_version(options)
+    cached = ranges is not None and version is not None
+    if ranges is not None and version is not None:
+        text = _encodings.tensorrt_cache(ranges, version)
+        (directory / _tensorrt_recipe.CACHE).write_text(text, encoding="utf-8")
+        files, notes = (*files, _tensorrt_recipe.CACHE), (*notes, _cache_note(version))
+    texts, told = _tensorrt_recipe.write(directory, recipe.precision, profile, options, cached)
+    notes = (*notes, *_tensorrt_recipe.opset_notes(directory / "model.onnx", options), *told)
+    return exported(graph, "model.onnx", (*files, *texts), notes, oldest)
+
+
+def _cache_note(version: str) -> str:
+    return f"calibration.cache is for TensorRT {version} without Q/DQ: see trtexec.txt; trt_version makes another"
+
+
+def write_model(
+    graph: Graph, recipe: Recipe, ranges: Optional[Ranges], path: Path
+) -> Tuple[Tuple[str, ...], Tuple[str, ...]]:
+    """Write *graph* as the ONNX file of a precision; return the names of its files, and notes."""
+    import onnx
+
+    from portcall.exporters import _half, _onnx, _qdq_symmetric
+
+    options, half = recipe.options, recipe.precision
+    if recipe.precision == "fp32":
+        return _onnx.save(onnx.load(str(graph.path)), path), ()
+    files: Tuple[str, ...] = ()
+    notes: Tuple[str, ...] = ()
+    source = graph.path
+    if recipe.precision == "int8":
+        assert ranges is not None
+        files, notes = _qdq_symmetric.quantize(graph, ranges, path, options)
+        if options.get("float") != "fp16":
+            return files, notes
+        source, half = path, "fp16"
+    model = onnx.load(str(source))
+    told = _half.convert(model, half, options.get("keep_float", ()))
+    for name in files:
+        (path.parent / name).unlink()
+    return _onnx.save(model, path), tuple(dict.fromkeys((*notes, *told)))
+
+
+def exported(
+    graph: Graph, entry: str, files: Tuple[str, ...], notes: Tuple[str, ...], oldest: Optional[str]
+) -> Exported:
     import onnx
     import onnxruntime as ort
 
-    from portcall.exporters import _encodings, _onnx, _qdq_symmetric
+    from portcall.exporters import _onnx
 
-    path = directory / "model.onnx"
-    notes: Tuple[str, ...] = ()
-    if recipe.precision == "int8":
-        assert ranges is not None
-        files, notes = _qdq_symmetric.quantize(graph, ranges, path, recipe.options)
-        (directory / CACHE).write_text(_encodings.tensorrt_cache(ranges), encoding="utf-8")
-        files, notes = (*files, CACHE), (*notes, CACHE_NOTE)
-    else:
-        files = _onnx.save(onnx.load(str(graph.path)), path)
     inputs, outputs = _onnx.bound_tensors(graph)
     versions = {"onnx": str(onnx.__version__), "onnxruntime": str(ort.__version__)}
-    return Exported(path.name, files, inputs, outputs, versions, notes)
+    return Exported(entry, files, inputs, outputs, versions, notes, oldest)
 
 
 def census(artifact: Artifact, shapes: Mapping[str, Tuple[int, ...]]) -> Census:
     from portcall.exporters import _onnx
 
-    return _onnx.census(artifact.path, shapes)
+    with _runnable(artifact.path) as path:
+        return _onnx.census(path, shapes)
 
 
-class EngineBuilder:
-    """An ONNX file as a strongly typed network of *trt*: the module ``tensorrt``, or another with its interface.
+@contextmanager
+def _runnable(path: Path) -> Iterator[Path]:
+    """Yield *path*, or a version of it for ONNX Runtime's CPU where it computes in a half type."""
+    from portcall.exporters import _half_interpret
 
-    Raises UnsupportedError with the parser's words where it refuses the file.
-    """
-
-    def __init__(self, trt: Any, path: Path) -> None:
-        self._trt = trt
-        self._logger = trt.Logger(trt.Logger.ERROR)
-        self._builder = trt.Builder(self._logger)
-        # TensorRT 11 knows no other networks.
-        typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
-        self._network = self._builder.create_network(0 if typed is None else 1 << int(typed))
-        self._parser = trt.OnnxParser(self._network, self._logger)
-        if not self._parser.parse_from_file(str(path)):
-            first = self._parser.get_error(0)
-            raise UnsupportedError(
-                f"TensorRT's ONNX parser refuses {path.name} at {first.node_name()!r}: {first.desc().rstrip('.')}",
-                "Keep that node in float (keep_float), or use a newer TensorRT",
-            )
-        network = self._network
-        self.inputs = tuple(self._spec(network.get_input(i)) for i in range(network.num_inputs))
-        self.outputs = tuple(self._spec(network.get_output(i)) for i in range(network.num_outputs))
-
-    def _spec(self, tensor: Any) -> TensorSpec:
-        import numpy as np
-
-        shape = tuple(f"dim_{i}" if d < 0 else int(d) for i, d in enumerate(tensor.shape))
-        return TensorSpec(tensor.name, shape, np.dtype(self._trt.nptype(tensor.dtype)).name)
-
-    def configure(self, config: Any) -> Any:
-        """Return *config* set up: float32 stays float32, it is no TensorFloat-32."""
-        config.clear_flag(self._trt.BuilderFlag.TF32)
-        return config
-
-    def build(self, shapes: Mapping[str, Tuple[int, ...]]) -> Any:
-        """Return the serialized engine for exactly these *shapes* of the inputs. Raises CellFailed without one."""
-        config = self.configure(self._builder.create_builder_config())
-        profile = self._builder.create_optimization_profile()
-        for spec in self.inputs:
-            if any(isinstance(d, str) for d in spec.shape):
-                profile.set_shape(spec.name, shapes[spec.name], shapes[spec.name], shapes[spec.name])
-        config.add_optimization_profile(profile)
-        plan = self._builder.build_serialized_network(self._network, config)
-        if plan is None:
-            raise CellFailed("TensorRT built no engine; its log says why", "Use a newer TensorRT, or fp32")
-        return plan
+    if not _half_interpret.is_half(path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="portcall-half-") as folder:
+        target = Path(folder) / path.name
+        _half_interpret.write_rounding(path, target)
+        yield target
 
 
-class TensorRtSession(Session):
-    """An engine for the shapes that are bound; others make a new engine. That, and the copies between host and device,
-    lie outside the timed inference (as in trtexec).
+def finish(artifact: Artifact, workload: Workload, directory: Path) -> str:
+    """Build the engine for the profile of build.json, tuned for *workload*. Unproven: see ``_tensorrt_session``."""
+    import tensorrt as trt
 
-    Unproven: written after TensorRT 10's documentation, and run on no GPU yet. ``EngineBuilder`` is tested.
-    """
+    from portcall.targets.agent.finishing import cache_folder
 
-    def __init__(self, artifact: Artifact, workload: Workload) -> None:
-        import tensorrt as trt
-        from cuda.bindings import runtime as cuda
+    timing_cache = cache_folder() / f"tensorrt-{trt.__version__}.timing-cache"  # for every model built here
+    (directory / ENGINE).write_bytes(bytes(_build(trt, artifact, workload, timing_cache)))
+    return ENGINE
 
-        self._trt, self._cuda = trt, cuda
-        self._engines = EngineBuilder(trt, artifact.path)
-        self._runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
-        self._stream = self._call(cuda.cudaStreamCreate())
-        self._buffers: Dict[str, Tuple[Any, Any]] = {}  # name -> device address, host array
-        self._shapes: Optional[Dict[str, Tuple[int, ...]]] = None
-        self.inputs, self.outputs = self._engines.inputs, self._engines.outputs
-        self.environment = {
-            "runtime": f"tensorrt {trt.__version__}",
-            "gpu": self._call(cuda.cudaGetDeviceProperties(0)).name.decode(),
-            "copies": "outside the timed inference",
-        }
-        sources = {t.name: t.source for t in artifact.inputs}
-        shapes = {t.name: workload.shapes.get(sources.get(t.name, t.name), t.shape) for t in self.inputs}
-        shapes = {
-            k: (workload.batch, *v[1:]) if v and isinstance(v[0], str) else v for k, v in shapes.items()
-        }
-        if not any(isinstance(d, str) for shape in shapes.values() for d in shape):
-            self._prepare({k: tuple(int(d) for d in v) for k, v in shapes.items()})
 
-    def _call(self, result: Tuple[Any, ...]) -> Any:
-        """Return what a CUDA call gave. Raises CellFailed with the name of its error."""
-        code, *values = result
-        if int(code):
-            raise CellFailed(
-                f"CUDA answers with {code.name} ({int(code)})",
-                "Check nvidia-smi and the free memory of the GPU",
-            )
-        return values[0] if values else None
+def _build(trt: Any, artifact: Artifact, workload: Workload, timing_cache: Optional[Path] = None) -> Any:
+    from portcall.exporters import _tensorrt, _tensorrt_recipe
 
-    def _prepare(self, shapes: Dict[str, Tuple[int, ...]]) -> None:
-        """Build the engine for *shapes* and give every input and output its memory on the device."""
-        import numpy as np
+    recipe = _tensorrt_recipe.read(artifact.directory)
+    profile = _tensorrt.tuned_profile(recipe["profile"], artifact, workload)
+    return _builder(trt, artifact, recipe).build(profile, timing_cache)
 
-        self._free()
-        self._engine = self._runtime.deserialize_cuda_engine(self._engines.build(shapes))
-        if self._engine is None:
-            raise CellFailed("TensorRT could not load its engine; its log says why", "Check nvidia-smi")
-        self._context = self._engine.create_execution_context()
-        for name, shape in shapes.items():
-            self._context.set_input_shape(name, shape)
-        for spec in (*self.inputs, *self.outputs):
-            shape = tuple(self._context.get_tensor_shape(spec.name))
-            if min(shape, default=1) < 0:
-                raise UnsupportedError(
-                    f"the shape of {spec.name!r} depends on values", "Give it a fixed shape"
-                )
-            array = np.empty(shape, spec.dtype)
-            address = self._call(self._cuda.cudaMalloc(max(array.nbytes, 1)))
-            self._buffers[spec.name] = (address, array)
-            self._context.set_tensor_address(spec.name, int(address))
-        self._shapes = shapes
 
-    def set_inputs(self, arrays: Mapping[str, Any]) -> None:
-        shapes = {name: tuple(int(d) for d in array.shape) for name, array in arrays.items()}
-        if shapes != self._shapes:
-            self._prepare(shapes)
-        kind = self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
-        for name, array in arrays.items():
-            address = self._buffers[name][0]
-            self._call(self._cuda.cudaMemcpy(address, array.ctypes.data, array.nbytes, kind))
+def _builder(trt: Any, artifact: Artifact, recipe: Mapping[str, Any]) -> Any:
+    from portcall.exporters import _tensorrt
 
-    def infer(self) -> None:
-        if not self._context.execute_async_v3(int(self._stream)):
-            raise CellFailed("TensorRT could not run its engine; its log says why", "Use a newer TensorRT")
-        self._call(self._cuda.cudaStreamSynchronize(self._stream))
-
-    def get_outputs(self) -> Dict[str, Any]:
-        kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
-        found = {}
-        for spec in self.outputs:
-            address, array = self._buffers[spec.name]
-            self._call(self._cuda.cudaMemcpy(array.ctypes.data, address, array.nbytes, kind))
-            found[spec.name] = array.copy()
-        return found
-
-    def _free(self) -> None:
-        for address, _ in self._buffers.values():
-            self._call(self._cuda.cudaFree(address))
-        self._buffers = {}
-
-    def close(self) -> None:
-        self._free()
-        self._call(self._cuda.cudaStreamDestroy(self._stream))
+    return _tensorrt.EngineBuilder(trt, artifact.path, recipe["precision"], recipe["typed"])
 
 
 @contextmanager
 def load(artifact: Artifact, workload: Workload) -> Iterator[Session]:
-    """Build the engine and run it on the GPU. Unproven: see ``TensorRtSession``."""
-    session = TensorRtSession(artifact, workload)
+    """Run the finished engine, a bare one, or one built in memory. Unproven: see ``_tensorrt_session``."""
+    import tensorrt as trt
+    from cuda.bindings import runtime as cuda
+
+    from portcall.exporters import _tensorrt, _tensorrt_recipe
+    from portcall.exporters._tensorrt_session import EngineSession
+
+    def rebuild(shapes: Dict[str, Tuple[int, ...]]) -> Any:
+        builder = _builder(trt, artifact, _tensorrt_recipe.read(artifact.directory))
+        return builder.build({name: _tensorrt.Limits(shape, shape, shape) for name, shape in shapes.items()})
+
+    if artifact.path.suffix in ENGINE_SUFFIXES:
+        session = EngineSession(trt, cuda, artifact.path.read_bytes(), artifact, "as given", None)
+    elif artifact.finished is not None:
+        plan = artifact.finished.read_bytes()
+        session = EngineSession(trt, cuda, plan, artifact, "finished on this device", rebuild)
+    else:
+        plan = _build(trt, artifact, workload)
+        session = EngineSession(trt, cuda, plan, artifact, "built in memory", rebuild)
     try:
         yield session
     finally:
@@ -256,13 +214,18 @@ def load(artifact: Artifact, workload: Workload) -> Iterator[Session]:
 
 @contextmanager
 def interpret(artifact: Artifact, workload: Workload) -> Iterator[Session]:
-    """Run the ONNX file, Q/DQ and all, in ONNX Runtime on the CPU."""
+    """Run the ONNX file in ONNX Runtime on the CPU: Q/DQ as it is written, half types rounded after every operator."""
     from portcall.exporters.onnxruntime import OnnxRuntimeSession
 
-    yield OnnxRuntimeSession(artifact.path, workload.threads)
+    with _runnable(artifact.path) as path:
+        session = OnnxRuntimeSession(path, workload.threads)
+        if path != artifact.path:
+            session.environment["arithmetic"] = "float32, rounded to half after every operator"
+        yield session
 
 
 EXAMPLE = '''"""Run this artifact with TensorRT alone: pip install tensorrt cuda-python numpy"""
+import json
 import pathlib
 
 import numpy
@@ -274,13 +237,17 @@ from cuda.bindings import runtime as cuda
 
 logger = trt.Logger(trt.Logger.ERROR)
 builder = trt.Builder(logger)
-typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
-network = builder.create_network(0 if typed is None else 1 << int(typed))
+flags = trt.NetworkDefinitionCreationFlag.__members__
+flag = flags.get("STRONGLY_TYPED", flags.get("EXPLICIT_BATCH"))
+network = builder.create_network(0 if flag is None else 1 << int(flag))
 parser = trt.OnnxParser(network, logger)
 if not parser.parse_from_file(str(here / "@ENTRY@")):
     raise SystemExit(parser.get_error(0).desc())
 config = builder.create_builder_config()
 config.clear_flag(trt.BuilderFlag.TF32)
+if "STRONGLY_TYPED" not in flags and json.loads((here / "build.json").read_text())["precision"] == "int8":
+    if hasattr(trt.BuilderFlag, "INT8"):  # TensorRT 8
+        config.set_flag(trt.BuilderFlag.INT8)
 profile = builder.create_optimization_profile()
 inputs = [network.get_input(i).name for i in range(network.num_inputs)]
 outputs = [network.get_output(i).name for i in range(network.num_outputs)]
@@ -316,12 +283,32 @@ BACKEND = Backend(
         source_formats=("onnx", "pt2", "torch"),
         precisions={
             "fp32": Precision("float32 (TensorFloat-32 off)"),
+            "fp16": Precision("compute: float16 tensors and weights, float32 sums (typed network)"),
+            "bf16": Precision("compute: bfloat16 tensors and weights, float32 sums (typed network)"),
             "int8": Precision(
                 "Q/DQ: int8 symmetric activations, int8 per-channel weights, float bias",
                 calibrated=True,
                 symmetric=True,
                 integer=True,
             ),
+        },
+        suffixes=ENGINE_SUFFIXES,
+        options={
+            "profile": Option(
+                "shapes that one engine takes: INPUT:MIN..OPT..MAX, e.g. x:1x3x224x224..1x3x224x224..8x3x224x224 "
+                "(default: around the example, up to 8 along the first axis)"
+            ),
+            "float": Option(
+                "what stays float in int8 computes in this", choices=("fp32", "fp16"), precisions=("int8",)
+            ),
+            "trt_version": Option(
+                "of the TensorRT that reads calibration.cache, e.g. 8.6.1 (default: 10.3.0)"
+            ),
+            "min_runtime": Option("the oldest TensorRT that must still build the artifact, e.g. 8.6"),
+            "transfers": Option(
+                "copies between host and device inside the timed inference", choices=("excluded", "included")
+            ),
+            "cuda_graph": Option("launch the engine as a CUDA graph", kind="bool"),
         },
     ),
     probe=probe,
@@ -331,4 +318,5 @@ BACKEND = Backend(
     census=census,
     example=EXAMPLE,
     interpret=interpret,
+    finish=finish,
 )

@@ -16,6 +16,7 @@ from portcall.targets.agent.contract import (
     Census,
     Exported,
     Graph,
+    Option,
     Precision,
     Ranges,
     Recipe,
@@ -28,10 +29,22 @@ from portcall.targets.agent.contract import (
 from portcall.targets.agent.errors import UnsupportedError
 from portcall.targets.agent.probing import probe_modules
 
+RUNTIMES = (
+    ("ai_edge_litert.interpreter", "ai-edge-litert"),
+    ("tflite_runtime.interpreter", "tflite-runtime"),
+    ("tensorflow", "tensorflow"),
+)
+"""Modules with an Interpreter, the first that is there is used -> their distributions."""
+
 
 def probe(role: str) -> Union[Available, Unavailable]:
     if role == "run":
-        return probe_modules("tflite", ["ai_edge_litert.interpreter"], distribution="ai-edge-litert")
+        module, distribution = _runtime()
+        found = probe_modules("tflite", [module], distribution=distribution)
+        if isinstance(found, Available) and distribution == "ai-edge-litert":
+            # Its own numbers: they do not compare with those of TensorFlow Lite, of which min_runtime is one.
+            return Available(f"ai-edge-litert {found.version}")
+        return found
     return probe_modules(
         "tflite",
         ["ai_edge_litert.interpreter", "ai_edge_quantizer"],
@@ -40,25 +53,31 @@ def probe(role: str) -> Union[Available, Unavailable]:
     )
 
 
+def _runtime() -> Tuple[str, str]:
+    """Return the module with the Interpreter and its distribution; LiteRT's where none is installed."""
+    import importlib.util
+
+    for module, distribution in RUNTIMES:
+        if importlib.util.find_spec(module.partition(".")[0]) is not None:
+            return module, distribution
+    return RUNTIMES[0]
+
+
 def lower(source: Source, directory: Path) -> Graph:
-    """Convert the exported program to a float flatbuffer of fixed shapes, in the source's layout and names."""
-    import litert_torch
-    import torch
+    """Convert the source to a float flatbuffer of fixed shapes, in its layout and names.
 
-    from portcall.exporters import _tflite
-    from portcall.source_torch import flat_examples
+    A TRANSPOSE that a RESHAPE can replace is replaced: see ``_tflite_transpose``.
+    """
+    from portcall.exporters import _tflite, _tflite_keras, _tflite_torch, _tflite_transpose
 
-    program = torch.export.load(source.path)
-    leaves = []
-    for spec, example in zip(source.inputs, flat_examples(program)):
-        shape = source.example_shapes[spec.name]
-        same = tuple(example.shape) == shape
-        leaves.append(example if same else torch.zeros(shape, dtype=example.dtype))
-    args, kwargs = torch.utils._pytree.tree_unflatten(leaves, program.call_spec.in_spec)
-    model = litert_torch.convert(program.module(check_guards=False), tuple(args), dict(kwargs) or None)
+    if source.format in ("keras", "savedmodel"):
+        flatbuffer = _tflite_keras.convert(source)
+    else:
+        flatbuffer = _tflite_torch.convert(source, directory)
+    model = _tflite._read(_tflite.with_source_interface(flatbuffer, source))
+    _tflite_transpose.simplify(model)
     path = directory / "graph.tflite"
-    model.export(str(path))
-    path.write_bytes(_tflite.with_source_interface(path.read_bytes(), source))
+    path.write_bytes(_tflite._write(model))
     names = {t.name: t.name for t in [*source.inputs, *source.outputs]}
     return Graph("tflite", path, hashlib.sha256(path.read_bytes()).hexdigest(), source, names)
 
@@ -66,19 +85,50 @@ def lower(source: Source, directory: Path) -> Graph:
 def export(graph: Graph, recipe: Recipe, ranges: Optional[Ranges], directory: Path) -> Exported:
     from importlib.metadata import version
 
-    from portcall.exporters import _tflite, _tflite_quantize
+    from portcall.exporters import _tflite_io, _tflite_quantize, _tflite_transpose, _tflite_versions
 
+    options = recipe.options
+    asked = _tflite_versions.parse_asked(options)
     flatbuffer = graph.path.read_bytes()
     notes: Tuple[str, ...] = ()
     if recipe.precision != "fp32":
-        flatbuffer, notes = _tflite_quantize.quantize(graph.path, recipe.precision, ranges, recipe.options)
+        flatbuffer, notes = _tflite_quantize.quantize(graph.path, recipe.precision, ranges, options)
+    wanted = options.get("io", "float")
+    if wanted != "float":
+        if _tflite_io.TYPES[recipe.precision].lower() != wanted:
+            raise UnsupportedError(
+                f"tflite.io={wanted} does not go with {recipe.precision}", "int8 has int8, int16x8 has int16"
+            )
+        flatbuffer, more = _tflite_io.with_integer_interface(flatbuffer, recipe.precision)
+        notes += more
+    notes += _tflite_transpose.notes(flatbuffer)
+    flatbuffer, oldest = _tflite_versions.settle(flatbuffer, asked)
     path = directory / "model.tflite"
     path.write_bytes(flatbuffer)
-    source, shapes = graph.source, _tflite.signature_shapes(path)
-    inputs = tuple(BoundTensor(t.name, t.name, shapes[t.name], t.dtype) for t in source.inputs)
-    outputs = tuple(BoundTensor(t.name, t.name, shapes[t.name], t.dtype) for t in source.outputs)
-    versions = {d: version(d) for d in ("ai-edge-litert", "ai-edge-quantizer", "litert-torch")}
-    return Exported(path.name, (path.name,), inputs, outputs, versions, notes)
+    found = _tflite_io.interface(flatbuffer)
+
+    def bound(spec: TensorSpec) -> BoundTensor:
+        dtype, shape, scale, zero_point = found[spec.name]
+        return BoundTensor(spec.name, spec.name, shape, dtype, None, scale, zero_point)
+
+    return Exported(
+        path.name,
+        (path.name,),
+        tuple(map(bound, graph.source.inputs)),
+        tuple(map(bound, graph.source.outputs)),
+        {d: version(d) for d in _converters(graph.source.format)},
+        notes,
+        oldest,
+    )
+
+
+def _converters(source_format: str) -> Tuple[str, ...]:
+    """Return the distributions that made the flatbuffer."""
+    if source_format not in ("keras", "savedmodel"):
+        return ("ai-edge-litert", "ai-edge-quantizer", "litert-torch")
+    from importlib.metadata import packages_distributions
+
+    return ("ai-edge-litert", "ai-edge-quantizer", packages_distributions()["tensorflow"][0])
 
 
 def census(artifact: Artifact, shapes: Mapping[str, Tuple[int, ...]]) -> Census:
@@ -88,13 +138,17 @@ def census(artifact: Artifact, shapes: Mapping[str, Tuple[int, ...]]) -> Census:
 
 
 class LiteRtSession(Session):
-    """An Interpreter with XNNPACK (its default delegate); inputs and outputs go by their signature names."""
+    """An Interpreter with XNNPACK (its default delegate); inputs and outputs go by their signature names.
+
+    The runtime is LiteRT's, else TensorFlow Lite's own, else the one inside TensorFlow.
+    """
 
     def __init__(self, path: Path, workload: Workload) -> None:
-        from importlib.metadata import version
+        import importlib
 
-        from ai_edge_litert.interpreter import Interpreter
-
+        module, distribution = _runtime()
+        found = importlib.import_module(module)
+        Interpreter = found.lite.Interpreter if module == "tensorflow" else found.Interpreter
         self._interpreter = Interpreter(str(path), num_threads=workload.threads)
         self._interpreter.allocate_tensors()
         signatures = self._interpreter.get_signature_list()
@@ -109,7 +163,7 @@ class LiteRtSession(Session):
         self.inputs = tuple(_spec(n, d) for n, d in self._inputs.items())
         self.outputs = tuple(_spec(n, d) for n, d in self._outputs.items())
         self.environment = {
-            "runtime": f"ai-edge-litert {version('ai-edge-litert')}",
+            "runtime": f"{distribution} {_version(distribution, found)}",
             "threads": workload.threads,
             "delegate": "XNNPACK (default)",
         }
@@ -129,6 +183,16 @@ class LiteRtSession(Session):
 
     def get_outputs(self) -> Dict[str, Any]:
         return {name: self._interpreter.get_tensor(detail["index"]) for name, detail in self._outputs.items()}
+
+
+def _version(distribution: str, module: Any) -> str:
+    """Return the version of a runtime's distribution; TensorFlow has several of other names."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return str(getattr(module, "__version__", "unknown"))
 
 
 def _spec(name: str, detail: Mapping[str, Any]) -> TensorSpec:
@@ -162,7 +226,7 @@ BACKEND = Backend(
     name="tflite",
     graph="tflite",
     capabilities=Capabilities(
-        source_formats=("pt2", "torch"),
+        source_formats=("onnx", "pt2", "torch", "keras", "savedmodel"),
         precisions={
             "fp32": Precision("float32"),
             "fp16": Precision("storage: fp16 on disk, float32 arithmetic"),
@@ -178,6 +242,14 @@ BACKEND = Backend(
             ),
         },
         suffixes=(".tflite",),
+        options={
+            "io": Option(
+                "type of inputs and outputs; integers are round(x / scale) + zero_point of the manifest",
+                choices=("float", "int8", "int16"),
+                precisions=("int8", "int16x8"),
+            ),
+            "min_runtime": Option("version of TensorFlow Lite that has to load the artifact, e.g. 2.11"),
+        },
     ),
     probe=probe,
     lower=lower,

@@ -25,7 +25,7 @@ from portcall.calibrating import (
 )
 from portcall.calibration.histogram import is_compiled
 from portcall.cells import ExportPlan
-from portcall.core import Artifact, BadInput, PortcallError, Workload, parse_cells
+from portcall.core import Artifact, BadInput, Workload, parse_cells
 from portcall.exporters import backend_names, get_backend
 from portcall.pipeline import run_export
 from portcall.progress import Reporter
@@ -238,16 +238,7 @@ def doctor(*, timeout_s: float = 120.0) -> dict[str, Any]:
                 ],
             }
             for role in ("export", "run"):
-                job = {"backend": name, "role": role}
-                try:
-                    entry[role] = work.call("portcall.targets.agent.jobs:probe", job, f"probe {name}", name)
-                except PortcallError as error:
-                    entry[role] = {
-                        "available": False,
-                        "version": None,
-                        "reason": error.message,
-                        "fix": error.fix,
-                    }
+                entry[role] = work.probe(name, role)
             entry["state"] = _state(entry, backend.interpret is not None)
             entries.append(entry)
     targets = [{"name": n, "description": get_target(n).description} for n in target_names()]

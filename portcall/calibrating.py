@@ -72,7 +72,7 @@ def run_calibrate(work: Workspace, plan: CalibrationPlan) -> tuple[CalibrationTa
     _check(plan)
     names = {get_backend(n).graph: n for n in ["onnxruntime", *(k for k in plan.kinds if k != TORCH)]}
     for name in names.values():
-        work.probe(name, "export")
+        work.need(name, "export")
     source = open_source(work, plan.model, plan.shapes)
     record, found = read_data(work, source, plan.data, "--data")
     if record.n == 1:

@@ -189,7 +189,7 @@ class Cells:
         onnx = None
         if options.auto and graph.kind != "onnx":  # methods are chosen on the ONNX graph
             source = get_backend("onnxruntime")
-            self._work.probe(source.name, "export")
+            self._work.need(source.name, "export")
             other = _once(self._graphs, source.graph, lambda: self._lower(source))
             onnx = _once(self._sections, other.kind, lambda: self._find_section(other, source.name))
         return observe(self._work, graph, backend, record, options, onnx)[0]

@@ -41,7 +41,7 @@ def run_export(work: Workspace, plan: ExportPlan) -> list[dict[str, Any]]:
     table = None if plan.table is None else CalibrationTable.load(plan.table)
     if table is not None and not table.sections:
         raise BadInput(f"{plan.table} holds no section", "Calibrate again")
-    probing = {name: _attempt(partial(work.probe, name, "export")) for name in backends}
+    probing = {name: _attempt(partial(work.need, name, "export")) for name in backends}
     source = open_source(work, plan.model, plan.shapes)
     if table is not None:
         _check_table(plan, table, source)

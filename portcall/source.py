@@ -1,4 +1,4 @@
-"""Opens a model source: ``.onnx``, ``.pt2`` or ``package.module:factory``, and runs it as the reference.
+"""Opens a model source (``.onnx``, ``.pt2``, ``.keras``, a SavedModel, a factory), and runs it as the reference.
 
 ``classify`` looks at the name only and is what the parent calls. Everything else runs in a worker: loading a
 ``.pt2`` or calling a factory runs code.
@@ -22,16 +22,25 @@ Reference = Callable[[Mapping[str, "np.ndarray[Any, Any]"]], dict[str, "np.ndarr
 """Runs the source on one sample: source input name -> array, to source output name -> array."""
 
 FACTORY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
-KINDS = "model.onnx, model.pt2 (torch.export) or package.module:factory"
+KINDS = "model.onnx, model.pt2 (torch.export), model.keras, a SavedModel folder or package.module:factory"
 
 
 def classify(spec: str) -> str:
-    """Return "onnx", "pt2" or "torch" for a model's name. Raises BadInput where it is none or is missing."""
+    """Return "onnx", "pt2", "keras", "savedmodel" or "torch" (a factory) for a model's name.
+
+    Raises BadInput where it is none or is missing.
+    """
     if FACTORY.fullmatch(spec) and not Path(spec).exists():
         return "torch"
     path = Path(spec)
-    if path.suffix not in (".onnx", ".pt2"):
-        fix = f"Measure it as it is: portcall bench {spec}" if path.suffix == ".tflite" else f"Give {KINDS}"
+    if path.is_dir() and (path / "saved_model.pb").is_file():
+        return "savedmodel"
+    if path.suffix not in (".onnx", ".pt2", ".keras"):
+        fix = f"Give {KINDS}"
+        if path.suffix == ".tflite":
+            fix = f"Measure it as it is: portcall bench {spec}"
+        elif path.suffix in (".h5", ".hdf5"):
+            fix = "Save it as Keras 3 does: model.save('model.keras')"
         raise BadInput(f"cannot open {spec!r} as a model", fix)
     if not path.exists():
         raise BadInput(f"no model file {spec!r}", f"Give the path of {KINDS}")
@@ -49,6 +58,10 @@ def open_source(arguments: Mapping[str, Any], progress: object) -> dict[str, Any
         from portcall.source_onnx import open_onnx
 
         source = open_onnx(spec)
+    elif kind in ("keras", "savedmodel"):
+        from portcall.source_keras import open_keras
+
+        source = open_keras(spec, kind)
     else:
         from portcall.source_torch import open_torch
 
@@ -108,6 +121,10 @@ def open_reference(source: Source) -> Reference:
         from portcall.source_onnx import onnx_reference
 
         return onnx_reference(source)
+    if source.format in ("keras", "savedmodel"):
+        from portcall.source_keras import keras_reference
+
+        return keras_reference(source)
     from portcall.source_torch import torch_reference
 
     return torch_reference(source)

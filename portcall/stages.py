@@ -117,7 +117,7 @@ def _evaluation_samples(source: Source, arguments: Mapping[str, Any]) -> Iterato
 def has_examples(arguments: Mapping[str, Any], progress: Progress) -> bool:
     """Tell whether a torch source has example inputs that are worth comparing: not all constant (zeros, ones)."""
     source = Source.from_json(arguments["source"])
-    if source.format == "onnx":
+    if source.format not in ("pt2", "torch"):
         return False
     return any(np.ptp(a.astype(np.float64)) > 0 for a in _examples(source).values() if a.size > 1)
 

@@ -72,15 +72,27 @@ class Workspace:
                 function, arguments, backend=backend, log=log, on_progress=progress, timeout_s=timeout_s
             )
 
-    def probe(self, backend: str, role: str) -> None:
-        """Raise UnavailableError where *backend* cannot do *role* ("export" or "run") here."""
+    def probe(self, backend: str, role: str) -> dict[str, Any]:
+        """Return whether *backend* can do *role* ("export" or "run") here: "available", "version", "reason", "fix"."""
         key = (backend, role)
         if key not in self.probed:
             job = {"backend": backend, "role": role}
-            self.probed[key] = self.call(
-                "portcall.targets.agent.jobs:probe", job, f"probe {backend}", backend
-            )
-        found = self.probed[key]
+            try:
+                self.probed[key] = self.call(
+                    "portcall.targets.agent.jobs:probe", job, f"probe {backend}", backend
+                )
+            except CellFailed as error:  # a runtime that crashes when it is imported
+                fix = error.fix or f"pip install --force-reinstall 'portcall[{backend}]'"
+                reason = f"probing it failed: {error.message}"
+                self.probed[key] = {"available": False, "version": None, "reason": reason, "fix": fix}
+            except UnavailableError as error:  # its interpreter
+                entry = {"available": False, "version": None, "reason": error.message, "fix": error.fix}
+                self.probed[key] = entry
+        return self.probed[key]
+
+    def need(self, backend: str, role: str) -> None:
+        """Raise UnavailableError where *backend* cannot do *role* ("export" or "run") here."""
+        found = self.probe(backend, role)
         if not found["available"]:
             raise UnavailableError(found["reason"], found["fix"])
 
@@ -90,7 +102,7 @@ class Workspace:
         Raises UnavailableError where it has none either.
         """
         try:
-            self.probe(backend.name, "run")
+            self.need(backend.name, "run")
         except UnavailableError:
             if backend.interpret is None:
                 raise

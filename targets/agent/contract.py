@@ -1,7 +1,8 @@
 """The contract between portcall and a backend: what a backend is, and what runs one inference.
 
 A backend is one file in ``exporters/`` that ends in ``BACKEND = Backend(...)``. That file imports nothing
-at its top beyond this package, so that it can travel to a device together with the agent.
+at its top beyond this package, so that it can travel to a device together with the agent. Long because it is the whole
+contract: data, and nothing else.
 """
 
 from __future__ import annotations
@@ -303,12 +304,14 @@ class Session:
     """A loaded artifact. ``set_inputs`` binds once, untimed; ``infer`` does one inference and nothing else.
 
     inputs and outputs name the runtime's own tensors. environment holds what the runtime says of itself
-    (threads, inference precision as read back): it is stored with every measurement.
+    (threads, inference precision as read back): it is stored with every measurement. device_times_ns: of every
+    ``infer`` so far, where the device has a clock of its own (a GPU's events).
     """
 
     inputs: Tuple[TensorSpec, ...]
     outputs: Tuple[TensorSpec, ...]
     environment: Dict[str, Any]
+    device_times_ns: Sequence[float] = ()
 
     def set_inputs(self, arrays: Mapping[str, Any]) -> None:
         """Bind *arrays* (runtime name -> ndarray of the runtime's shape and dtype)."""

@@ -257,7 +257,9 @@ def _batch(
 
 
 def measure(arguments: Mapping[str, Any], progress: Progress) -> Dict[str, Any]:
-    """Measure one process: load, first inference, warm-up, the timed loop. Raw samples go to ``wall`` and ``cpu``.
+    """Measure one process: load, first inference, warm-up, the timed loop.
+
+    Raw samples go to the files ``wall``, ``cpu`` and, where the device has a clock of its own, ``device``.
 
     deadline_s: seconds from the start of this job after which the loop ends.
     """
@@ -283,8 +285,10 @@ def measure(arguments: Mapping[str, Any], progress: Progress) -> Dict[str, Any]:
             deadline_ns=None if deadline_s is None else started + int(deadline_s * 1e9),
         )
         environment = session.environment
+        device_ns = np.asarray(session.device_times_ns[-samples.wall_ns.size :], np.float64)
     np.save(arguments["wall"], samples.wall_ns)
     np.save(arguments["cpu"], samples.cpu_ns)
+    np.save(arguments["device"], device_ns)
     return {
         "elapsed_s": (time.perf_counter_ns() - started) / 1e9,
         "n": int(samples.wall_ns.size),

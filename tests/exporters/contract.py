@@ -32,7 +32,8 @@ from portcall.worker import WorkerPool
 
 Array = np.ndarray[Any, Any]
 
-WORDS = ("fp32", "fp16", "bf16", "int8", "int8-dynamic", "int8-weights", "int4-weights", "int16x8")
+WORDS = ("fp32", "fp16", "bf16", "int8", "int8-dynamic", "int8-weights", "int4-weights", "int16x8", "palette4",
+         "palette6")  # fmt: skip
 """Every precision word of portcall; a backend refuses those that it does not have."""
 
 REQUIRED = os.environ.get("PORTCALL_REQUIRED_BACKENDS", "").split()
@@ -41,12 +42,15 @@ REQUIRED = os.environ.get("PORTCALL_REQUIRED_BACKENDS", "").split()
 HEAVY = (
     "ai_edge_litert",
     "ai_edge_quantizer",
+    "coremltools",
     "litert_torch",
     "numpy",
     "onnx",
     "onnxruntime",
     "openvino",
     "tensorflow",
+    "tensorrt_rtx",
+    "tflite_micro",
     "torch",
 )
 

@@ -55,7 +55,16 @@ class TestTensorRt(BackendContract):
     name = "tensorrt"
     runtime = ("tensorrt",)
     export_needs = ("onnx", "onnxruntime")
-    floors_db: ClassVar = {"fp32": 120.0, "int8": 18.0}
+    floors_db: ClassVar = {"fp32": 120.0, "fp16": 58.0, "bf16": 42.0, "int8": 18.0}
+    census_method = "Q/DQ and integer operators of the ONNX graph"
+    interpreted = True
+
+
+class TestTensorRtRtx(BackendContract):
+    name = "tensorrt_rtx"
+    runtime = ("tensorrt_rtx",)
+    export_needs = ("onnx", "onnxruntime")
+    floors_db: ClassVar = {"fp32": 120.0, "fp16": 58.0, "bf16": 42.0, "int8": 18.0}
     census_method = "Q/DQ and integer operators of the ONNX graph"
     interpreted = True
 
@@ -77,6 +86,35 @@ class TestTfLite(BackendContract):
     }
     census_method = "operator types of the flatbuffer"
     dynamic = False
+
+
+class TestTfLiteMicro(BackendContract):
+    name = "tflite_micro"
+    runtime = ("tflite_micro",)
+    export_needs = ("ai_edge_litert", "ai_edge_quantizer")
+    export_finds = ("torch", "litert_torch")
+    models = ("image", "onnx")
+    refused_models = ("two_inputs",)
+    floors_db: ClassVar = {"fp32": 115.0, "int8": 18.0, "int16x8": 18.0}
+    census_method = "operator types of the flatbuffer"
+    dynamic = False
+
+
+class TestCoreMl(BackendContract):
+    name = "coreml"
+    runtime = ("coremltools",)
+    export_finds = ("coremltools", "torch", "onnx")
+    floors_db: ClassVar = {
+        "fp32": 120.0,
+        "fp16": 55.0,
+        "int8": 18.0,
+        "int8-weights": 38.0,
+        "int4-weights": 18.0,
+        "palette4": 15.0,
+        "palette6": 30.0,
+    }
+    census_method = "quantize and dequantize of the ML program"
+    interpreted = True
 
 
 def test_every_backend_has_a_contract_class() -> None:

@@ -49,6 +49,15 @@ def random_ranges(seed: int) -> dict[str, tuple[float, float]]:
 
 # the calibration cache
 
+GOLDEN = Path(__file__).parent / "golden"
+GOLDEN_RANGES = {
+    "images": symmetric(2.640625),
+    "/features/conv1/Conv_output_0": symmetric(17.25),
+    "onnx::Add_42": symmetric(0.0078125),
+    "mask": symmetric(1e9),
+    "logits": symmetric(31.5),
+}
+
 CACHE = """TRT-100300-EntropyCalibration2
 x: 3c010204
 /model.0/act/Mul_output_0: 3e6c9314
@@ -82,8 +91,41 @@ def test_cache_round_trips() -> None:
 
 
 def test_cache_of_another_version() -> None:
-    text = _encodings.tensorrt_cache({"x": symmetric(1.0)}, "TRT-8601-EntropyCalibration2")
+    text = _encodings.tensorrt_cache({"x": symmetric(1.0)}, "8.6.1")
     assert text == "TRT-8601-EntropyCalibration2\nx: 3c010204\n"
+
+
+@pytest.mark.parametrize(
+    ("version", "number"),
+    [
+        ("7.2.2", 7202),
+        ("8.5.10", 8510),
+        ("8.6.1.6", 8601),
+        ("9.2.0", 9200),
+        ("10.3.0", 100300),
+        ("10.13", 101300),
+    ],
+)
+def test_first_lines_are_the_version_numbers_of_tensorrts_header(version: str, number: int) -> None:
+    assert _encodings.cache_header(version) == f"TRT-{number}-EntropyCalibration2"
+
+
+def test_tensorrt_11_has_no_cache() -> None:
+    with pytest.raises(UnsupportedError, match=r"TensorRT 11\.0\.0 reads no calibration cache") as caught:
+        _encodings.tensorrt_cache({"x": symmetric(1.0)}, "11.0.0")
+    assert caught.value.fix
+    for text in ("10", "10.x", "TRT-8601-EntropyCalibration2", ""):
+        with pytest.raises(BadInput, match="is no version of TensorRT"):
+            _encodings.cache_header(text)
+
+
+@pytest.mark.parametrize("version", ["8.6.1", "10.3.0"])
+def test_golden_caches(version: str) -> None:
+    """Rewrite them, where the format is meant to change, with PYTHONPATH=. python tests/exporters/test_encodings.py"""
+    golden = (GOLDEN / f"calibration-{version}.cache").read_text()
+    assert _encodings.tensorrt_cache(GOLDEN_RANGES, version) == golden
+    scales = _encodings.read_tensorrt_cache(golden)
+    assert scales == {k: float(np.float32(r.maximum / 127)) for k, r in GOLDEN_RANGES.items() if k != "mask"}
 
 
 def test_cache_takes_the_larger_side_and_leaves_sentinels_out() -> None:
@@ -214,3 +256,10 @@ def test_without_weights_there_are_no_parameters() -> None:
 def test_other_versions_are_refused() -> None:
     with pytest.raises(BadInput, match=r"no encodings version '2\.0\.0'; there are: 0\.6\.1, 1\.0\.0"):
         _encodings.qnn_encodings(RANGES, version="2.0.0")
+
+
+if __name__ == "__main__":
+    for version in ("8.6.1", "10.3.0"):
+        (GOLDEN / f"calibration-{version}.cache").write_text(
+            _encodings.tensorrt_cache(GOLDEN_RANGES, version)
+        )

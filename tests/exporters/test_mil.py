@@ -179,7 +179,7 @@ def test_half_precision_is_torchs(tmp_path: Path) -> None:
 
     def function(x: Any) -> Any:
         for layer in layers:
-            weight, bias = (p.detach().half().numpy() for p in (layer.weight, layer.bias))
+            weight, bias = (p.detach().half().numpy() for p in layer.parameters())
             x = mb.relu(x=mb.conv(x=x, weight=weight, bias=bias, pad_type="custom", pad=[1, 1, 1, 1]))
         return x
 

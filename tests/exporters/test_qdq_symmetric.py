@@ -514,7 +514,7 @@ def test_an_artifact_holds_graph_and_cache_and_can_be_interpreted(tmp_path: Path
     folder.mkdir()
     ranges = observed(path, image())
     exported = tensorrt.export(graph_of(path), Recipe("int8"), ranges, folder)
-    assert exported.files == ("model.onnx", "calibration.cache")
+    assert exported.files == ("model.onnx", "calibration.cache", "build.json", "trtexec.txt")
     assert {p.name for p in folder.iterdir()} == set(exported.files)
     cache = _encodings.read_tensorrt_cache((folder / "calibration.cache").read_text())
     found = constants_of(onnx.load(str(folder / "model.onnx")))
@@ -534,12 +534,12 @@ print(probe("run"))
 """
 
 
-@pytest.mark.parametrize("version", ["8.6.1", "10.3.0"])
+@pytest.mark.parametrize("version", ["8.5.3", "8.6.1", "10.3.0"])
 def test_probe_says_what_is_missing_below_tensorrt(version: str, tmp_path: Path) -> None:
     (tmp_path / "tensorrt.py").write_text(f"__version__ = {version!r}")  # the real one is no package here
     code = f"import sys\nsys.path.insert(0, {str(tmp_path)!r})\n{PROBE}"
-    if version == "8.6.1":
-        assert "TensorRT 8.6.1 is older than 10" in run_python(code)
+    if version == "8.5.3":
+        assert "TensorRT 8.5.3 is older than 8.6" in run_python(code)
     elif ctypes.util.find_library("cuda") is None:
         assert "no NVIDIA driver: libcuda.so.1" in run_python(code)
     else:
@@ -556,7 +556,7 @@ def test_probe_without_tensorrt_says_how_to_get_it() -> None:
 BUILD = """
 import pathlib
 import tensorrt_rtx
-from portcall.exporters.tensorrt import EngineBuilder
+from portcall.exporters._tensorrt import EngineBuilder, Limits
 from portcall.targets.agent.errors import UnsupportedError
 class ForAda(EngineBuilder):
     def configure(self, config):
@@ -564,7 +564,8 @@ class ForAda(EngineBuilder):
         assert config.set_compute_capability(tensorrt_rtx.ComputeCapability.SM89, 0)
         return super().configure(config)
 try:
-    print(len(bytes(ForAda(tensorrt_rtx, pathlib.Path({path!r})).build({shapes!r}))))
+    profile = {{name: Limits(shape, shape, shape) for name, shape in {shapes!r}.items()}}
+    print(len(bytes(ForAda(tensorrt_rtx, pathlib.Path({path!r})).build(profile))))
 except UnsupportedError as error:
     print(error)
 """

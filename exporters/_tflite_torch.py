@@ -1,0 +1,115 @@
+"""Torch programs and ONNX graphs as float flatbuffers, by litert-torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Dict, Optional, Tuple
+
+from portcall.targets.agent.contract import Source
+from portcall.targets.agent.errors import UnsupportedError
+
+
+def convert(source: Source, directory: Path) -> bytes:
+    """Return *source* as a float flatbuffer of its example shapes; *directory* takes intermediate files.
+
+    Raises UnsupportedError, naming the operator and the layer, where litert-torch has no lowering for it.
+    """
+    import litert_torch
+
+    module, args, kwargs = (_onnx if source.format == "onnx" else _program)(source, directory)
+    path = directory / "converted.tflite"
+    try:
+        litert_torch.convert(module, args, kwargs or None).export(str(path))
+    except Exception as error:  # torch and litert-torch raise many kinds
+        explained = _explained(source, module, args, error)
+        if explained is None:
+            raise
+        raise explained from error
+    flatbuffer = path.read_bytes()
+    path.unlink()
+    return flatbuffer
+
+
+def _onnx(source: Source, directory: Path) -> Tuple[Any, Tuple[Any, ...], Dict[str, Any]]:
+    """Return the canonical ONNX graph as a torch module, and example inputs."""
+    import torch
+
+    from portcall.exporters import _onnx, _onnx_to_torch
+
+    folder = directory / "onnx"
+    folder.mkdir()
+    module = _onnx_to_torch.to_module(_onnx.lower(source, folder).path).eval()
+    for file in folder.iterdir():
+        file.unlink()
+    folder.rmdir()
+    order = {t.name: t for t in source.inputs}
+    specs = [order[name] for name in module.input_names]
+    args = tuple(torch.zeros(source.example_shapes[t.name], dtype=getattr(torch, t.dtype)) for t in specs)
+    return module, args, {}
+
+
+def _program(source: Source, directory: Path) -> Tuple[Any, Tuple[Any, ...], Dict[str, Any]]:
+    """Return the exported program as a module, and its example inputs at the example shapes."""
+    import torch
+
+    from portcall.source_torch import flat_examples
+
+    program = torch.export.load(source.path)
+    leaves = []
+    for spec, example in zip(source.inputs, flat_examples(program)):
+        shape = source.example_shapes[spec.name]
+        same = tuple(example.shape) == shape
+        leaves.append(example if same else torch.zeros(shape, dtype=example.dtype))
+    args, kwargs = torch.utils._pytree.tree_unflatten(leaves, program.call_spec.in_spec)
+    module = program.module(check_guards=False)
+    _keep_reduced_axes(module)
+    return module, tuple(args), dict(kwargs)
+
+
+def _keep_reduced_axes(module: Any) -> None:
+    """Reduce with keepdim and squeeze afterwards: litert-torch's change of layout stops at what drops axes.
+
+    ``x.mean((2, 3))`` after a convolution would put a TRANSPOSE of the whole activation before the MEAN.
+    """
+    import torch
+
+    aten = torch.ops.aten
+    reductions = (aten.mean.dim, aten.sum.dim_IntList, aten.amax.default, aten.amin.default)
+    for node in list(module.graph.nodes):
+        if node.target not in reductions or len(node.args) < 2 or not node.args[1]:
+            continue
+        if node.kwargs.get("keepdim", False) or (len(node.args) > 2 and node.args[2]):
+            continue
+        node.args = (*node.args[:2], True, *node.args[3:])
+        node.kwargs = {k: v for k, v in node.kwargs.items() if k != "keepdim"}
+        with module.graph.inserting_after(node):
+            squeezed = module.graph.call_function(aten.squeeze.dims, (node, node.args[1]))
+        squeezed.meta = {k: v for k, v in node.meta.items() if k in ("nn_module_stack", "stack_trace")}
+        node.replace_all_uses_with(squeezed, lambda user, made=squeezed: user is not made)
+    module.recompile()
+
+
+def _explained(
+    source: Source, module: Any, args: Tuple[Any, ...], error: Exception
+) -> Optional[UnsupportedError]:
+    """Return the error that names the operator and the line, or the ONNX node, that it comes from; None for others."""
+    import torch
+
+    from portcall.exporters import _unsupported
+
+    if source.format != "onnx":
+        return _unsupported.explain(error, torch.export.load(source.path), "TFLite")
+    program = torch.export.export(module, args)
+    found = _unsupported.explain(error, program, "TFLite")
+    if found is None:
+        return None
+    operator = found.message.split("torch's ")[1].split(" ")[0]
+    stem = operator.rpartition(".")[2].lstrip("_")
+    for node in [*program.graph.nodes, *program.run_decompositions().graph.nodes]:
+        if stem in str(node.target) and node.meta.get("nn_module_stack"):
+            path = str(list(node.meta["nn_module_stack"].values())[-1][0])
+            name = module.node_names.get(path.rpartition(".")[2], path)
+            return UnsupportedError(
+                f"TFLite has no operator for torch's {operator} (ONNX node {name!r})", found.fix
+            )
+    return found
