@@ -142,9 +142,8 @@ def _module_class(torch: Any) -> Any:
             return _onnx_to_torch_node.as_tensor(value)
 
         def forward(self, *inputs: Any) -> Any:
-            with (
-                warnings.catch_warnings()
-            ):  # of torch.jit.trace: that sizes are taken as they are; they are meant so
+            # torch.jit.trace warns that sizes are taken as they are: they are meant so.
+            with warnings.catch_warnings():
                 warnings.simplefilter("ignore", torch.jit.TracerWarning)
                 return self._run(inputs)
 

@@ -62,7 +62,7 @@ def _by_rank(node: Node, name: str, rank: int) -> Any:
 
 
 def _conv_transpose(node: Node, x: Any, weight: Any, bias: Any = None) -> Any:
-    """Transposed convolution; uneven padding is cut off afterwards."""
+    """Transposed convolution; padding is cut off afterwards: LiteRT's operator knows none."""
     kernel = node.sizes(weight)[2:]
     rank, sizes, group = len(kernel), node.sizes(x)[2:], node.get("group", 1)
     strides, dilations, pairs = _window(node, sizes, kernel)
@@ -76,8 +76,6 @@ def _conv_transpose(node: Node, x: Any, weight: Any, bias: Any = None) -> Any:
             # The odd one lies in front except for SAME_UPPER.
             pairs.append(_halves(total, "SAME_UPPER" if mode == "SAME_UPPER" else "SAME_LOWER"))
     function = _by_rank(node, "conv_transpose{}d", rank)
-    if all(before == after >= 0 for before, after in pairs):
-        return function(x, weight, bias, strides, [b for b, _ in pairs], extra, group, dilations)
     if min(map(min, pairs)) < 0:
         raise node.refused("its output_shape is larger than what it makes", "Use output_padding")
     x = function(x, weight, bias, strides, [0] * rank, extra, group, dilations)

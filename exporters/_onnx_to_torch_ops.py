@@ -1,4 +1,4 @@
-"""ONNX operators as torch ones: arithmetic, reductions, comparisons, quantization; others: ..._moving, ..._nn, ..._resize.
+"""ONNX operators as torch ones: arithmetic, reductions, quantization; others: ..._moving, ..._nn, ..._resize.
 
 Each function takes its node, then its inputs: tensors, or known arrays at the positions that its Operator names.
 Sources: ONNX's Operators.md; each is compared with ONNX Runtime by tests/exporters/test_onnx_to_torch.py.
@@ -49,7 +49,7 @@ def _elementwise() -> Dict[str, Any]:
         "Not": torch.logical_not, "Or": torch.logical_or, "Reciprocal": torch.reciprocal, "Relu": torch.relu,
         "Round": torch.round, "Sigmoid": torch.sigmoid, "Sign": torch.sign, "Sin": torch.sin, "Sinh": torch.sinh,
         "Softplus": functional.softplus, "Softsign": functional.softsign, "Sqrt": torch.sqrt, "Sub": torch.sub,
-        "Tan": torch.tan, "Tanh": torch.tanh, "Where": torch.where, "Xor": torch.logical_xor,
+        "Tan": torch.tan, "Tanh": torch.tanh, "Where": torch.where, "Xor": torch.ne,
         "Linear": functional.linear,
     }  # fmt: skip
     found: Dict[str, Any] = {k: (lambda n, *values, f=f: f(*values)) for k, f in same.items()}

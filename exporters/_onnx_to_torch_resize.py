@@ -26,20 +26,21 @@ def _resize(node: Node, x: Any, roi: Any = None, scales: Any = None, sizes: Any 
         ("linear", 3): "trilinear",
         ("cubic", 2): "bicubic",
     }
-    whole = all(abs(size * scale - new) < 1e-4 for new, size, scale in spatial)
-    one = any(new == 1 for new, _, _ in spatial)
-    if where not in ("half_pixel", "pytorch_half_pixel", "align_corners") or (
-        one and where != "half_pixel" and any(new == 1 != size for new, size, _ in spatial)
-    ):
-        raise node.refused(f"mode {mode} at coordinates {where}", "Use half_pixel or align_corners")
-    if (mode, rank) not in names or any(new != size for new, size, _ in given[:2]):
-        raise node.refused(
-            f"mode {mode} from {old} to {[n for n, _, _ in given]}", "Resize spatial axes only"
-        )
     cubic = mode == "cubic" and (node.get("cubic_coeff_a", -0.75) != -0.75 or node.get("exclude_outside", 0))
     if cubic or node.get("antialias", 0):
         raise node.refused(
             "torch has no such interpolation", "Use cubic_coeff_a -0.75, no exclude_outside, no antialias"
+        )
+    whole = all(abs(size * scale - new) < 1e-4 for new, size, scale in spatial)
+    if mode == "linear" and (
+        where not in ("half_pixel", "align_corners") or not (whole or where == "align_corners")
+    ):
+        return _linear_by_products(node, x, given)
+    if where not in ("half_pixel", "align_corners"):
+        raise node.refused(f"mode {mode} at coordinates {where}", "Use half_pixel or align_corners")
+    if (mode, rank) not in names or any(new != size for new, size, _ in given[:2]):
+        raise node.refused(
+            f"mode {mode} from {old} to {[n for n, _, _ in given]}", "Resize spatial axes only"
         )
     settings: Dict[str, Any] = {"mode": names[(mode, rank)], "align_corners": where == "align_corners"}
     if whole or where == "align_corners":
@@ -65,7 +66,8 @@ def _new_sizes(node: Node, x: Any, roi: Any, scales: Any, sizes: Any) -> List[Tu
         return found
     factors = node.get("scales", ()) if scales is None else node.known(scales, "scales").reshape(-1).tolist()
     for axis, factor in zip(axes, factors):
-        found[axis] = (int(old[axis] * factor), old[axis], factor)
+        if factor != 1:  # a dynamic size stays what it is
+            found[axis] = (int(old[axis] * factor), old[axis], factor)
     return found
 
 
@@ -73,27 +75,54 @@ def _nearest(node: Node, x: Any, given: Sequence[Tuple[int, int, float]]) -> Any
     import numpy as np
     import torch
 
-    chosen = [_nearest_indices(node, new, size, scale) for new, size, scale in given]
+    changed = {
+        axis: _nearest_indices(node, new, size, scale)
+        for axis, (new, size, scale) in enumerate(given)
+        if new != size or scale != 1
+    }
     spatial = given[2:]
     for mode, shift in (("nearest", 0.0), ("nearest-exact", 0.5)):
-        as_torch = [
-            np.minimum(np.floor((np.arange(new) + shift) * (size / new)), size - 1) for new, size, _ in given
-        ]
-        same = all(np.array_equal(a, b) for a, b in zip(chosen, as_torch))
-        if same and len(spatial) in (1, 2, 3) and all(new == size for new, size, _ in given[:2]):
+        as_torch = {
+            axis: np.minimum(
+                np.floor((np.arange(given[axis][0]) + shift) * (given[axis][1] / given[axis][0])),
+                given[axis][1] - 1,
+            )
+            for axis in changed
+        }
+        same = all(np.array_equal(changed[axis], as_torch[axis]) for axis in changed)
+        if same and len(spatial) in (1, 2, 3) and min(changed, default=2) >= 2:
             return torch.nn.functional.interpolate(x, [new for new, _, _ in spatial], mode=mode)
-    for axis, (indices, (new, size, _)) in enumerate(zip(chosen, given)):
-        if new != size or not np.array_equal(indices, np.arange(size)):
-            x = torch.index_select(x, axis, torch.from_numpy(indices))
+    for axis, indices in changed.items():
+        x = torch.index_select(x, axis, torch.from_numpy(indices))
     return x
 
 
-def _nearest_indices(node: Node, new: int, size: int, scale: float) -> Any:
-    """Return which element each new one is. Source: Resize in ONNX's Operators.md, float32 as ONNX Runtime."""
+def _linear_by_products(node: Node, x: Any, given: Sequence[Tuple[int, int, float]]) -> Any:
+    """Interpolate along each axis by a product with a constant matrix: for coordinates that are not torch's own.
+
+    LiteRT's operator takes sizes, and makes scales of them that are not those of a Resize by 0.6.
+    """
+    import numpy as np
+    import torch
+
+    for axis, (new, size, scale) in enumerate(given):
+        if new == size and scale == 1.0:
+            continue
+        at = np.clip(_coordinates(node, new, size, scale).astype(np.float64), 0, size - 1)
+        low = np.floor(at).astype(np.int64)
+        matrix = np.zeros((new, size))
+        matrix[np.arange(new), low] += 1 - (at - low)
+        matrix[np.arange(new), np.minimum(low + 1, size - 1)] += at - low
+        moved = torch.nn.functional.linear(x.transpose(axis, -1), torch.from_numpy(matrix).to(x.dtype))
+        x = moved.transpose(axis, -1)
+    return x
+
+
+def _coordinates(node: Node, new: int, size: int, scale: float) -> Any:
+    """Return where each new element lies among the old ones. Source: Resize in ONNX's Operators.md, in float32."""
     import numpy as np
 
-    old_set = node.opset < 11
-    where = "asymmetric" if old_set else node.get("coordinate_transformation_mode", "half_pixel")
+    where = "asymmetric" if node.opset < 11 else node.get("coordinate_transformation_mode", "half_pixel")
     at = np.arange(new, dtype=np.float32)
     one = np.float32(scale)
     if where in ("half_pixel", "pytorch_half_pixel", "half_pixel_symmetric"):
@@ -109,13 +138,21 @@ def _nearest_indices(node: Node, new: int, size: int, scale: float) -> Any:
     elif where == "align_corners":
         at = at * np.float32(size - 1) / np.float32(max(new - 1, 1))
     else:
-        raise node.refused(f"mode nearest at coordinates {where}", "Use half_pixel or asymmetric")
+        raise node.refused(f"coordinates {where}", "Use half_pixel or asymmetric")
+    return at
+
+
+def _nearest_indices(node: Node, new: int, size: int, scale: float) -> Any:
+    """Return which element each new one is."""
+    import numpy as np
+
+    at = _coordinates(node, new, size, scale)
     rounded = {
         "round_prefer_floor": np.ceil(at - np.float32(0.5)),
         "round_prefer_ceil": np.floor(at + np.float32(0.5)),
         "floor": np.floor(at),
         "ceil": np.ceil(at),
-    }["floor" if old_set else node.get("nearest_mode", "round_prefer_floor")]
+    }["floor" if node.opset < 11 else node.get("nearest_mode", "round_prefer_floor")]
     return np.clip(rounded, 0, size - 1).astype(np.int64)
 
 

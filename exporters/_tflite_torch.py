@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import math
+import re
 from pathlib import Path
 from typing import Any, Dict, Optional, Tuple
 
 from portcall.targets.agent.contract import Source
 from portcall.targets.agent.errors import UnsupportedError
 
+LARGEST_BYTES = (1 << 31) - (1 << 20)
+"""Of weights: a flatbuffer's offsets have 31 bits, and the graph needs some."""
+
 
 def convert(source: Source, directory: Path) -> bytes:
     """Return *source* as a float flatbuffer of its example shapes; *directory* takes intermediate files.
 
-    Raises UnsupportedError, naming the operator and the layer, where litert-torch has no lowering for it.
+    Raises UnsupportedError, naming the operator and the layer, where litert-torch has no lowering for it, and for
+    weights that no flatbuffer can hold.
     """
+    _check_size(source)
     import litert_torch
 
     module, args, kwargs = (_onnx if source.format == "onnx" else _program)(source, directory)
@@ -30,6 +37,27 @@ def convert(source: Source, directory: Path) -> bytes:
     return flatbuffer
 
 
+def _check_size(source: Source) -> None:
+    """Raise UnsupportedError for more weights than a flatbuffer's 32-bit offsets reach."""
+    if source.format == "onnx":
+        import onnx
+
+        tensors = onnx.load(str(source.path), load_external_data=False).graph.initializer
+        size = sum(
+            math.prod(t.dims) * onnx.helper.tensor_dtype_to_np_dtype(t.data_type).itemsize for t in tensors
+        )
+    else:
+        import torch
+
+        state = torch.export.load(source.path).state_dict.values()
+        size = sum(t.numel() * t.element_size() for t in state)
+    if size > LARGEST_BYTES:
+        raise UnsupportedError(
+            f"{source.spec} has {size / 1e9:.1f} GB of weights, a flatbuffer holds 2 GB",
+            "Export it to onnxruntime, openvino or tensorrt, or split the model",
+        )
+
+
 def _onnx(source: Source, directory: Path) -> Tuple[Any, Tuple[Any, ...], Dict[str, Any]]:
     """Return the canonical ONNX graph as a torch module, and example inputs."""
     import torch
@@ -39,6 +67,13 @@ def _onnx(source: Source, directory: Path) -> Tuple[Any, Tuple[Any, ...], Dict[s
     folder = directory / "onnx"
     folder.mkdir()
     module = _onnx_to_torch.to_module(_onnx.lower(source, folder).path).eval()
+    quantizing = ("QuantizeLinear", "DequantizeLinear")
+    found = [n for n, child in module.nodes.named_children() if type(child).__name__ in quantizing]
+    if found:  # litert-torch has no form for scales per channel, and the ranges would be quantized twice
+        raise UnsupportedError(
+            f"{source.spec} is quantized already: node {module.node_names[found[0]]!r}",
+            "Give the float model, which portcall quantizes, or export it with onnxruntime",
+        )
     for file in folder.iterdir():
         file.unlink()
     folder.rmdir()
@@ -63,6 +98,7 @@ def _program(source: Source, directory: Path) -> Tuple[Any, Tuple[Any, ...], Dic
     args, kwargs = torch.utils._pytree.tree_unflatten(leaves, program.call_spec.in_spec)
     module = program.module(check_guards=False)
     _keep_reduced_axes(module)
+    _cut_padding(module)
     return module, tuple(args), dict(kwargs)
 
 
@@ -89,6 +125,30 @@ def _keep_reduced_axes(module: Any) -> None:
     module.recompile()
 
 
+def _cut_padding(module: Any) -> None:
+    """Cut off the padding of transposed convolutions afterwards: LiteRT's operator knows none."""
+    import torch
+
+    aten = torch.ops.aten
+    for node in list(module.graph.nodes):
+        if node.target not in (aten.conv_transpose2d.input, aten.conv_transpose1d.default):
+            continue
+        padding = [int(p) for p in node.args[4]] if len(node.args) > 4 else [0]
+        if not any(padding):
+            continue
+        rank = 2 if node.target == aten.conv_transpose2d.input else 1
+        padding = padding * rank if len(padding) == 1 else padding
+        node.args = (*node.args[:4], [0] * rank, *node.args[5:])
+        users, last = list(node.users), node
+        for axis, size in enumerate(padding, 2):
+            with module.graph.inserting_after(last):
+                last = module.graph.call_function(aten.slice.Tensor, (last, axis, size, -size or 2**63 - 1))
+            last.meta = {k: v for k, v in node.meta.items() if k in ("nn_module_stack", "stack_trace")}
+        for user in users:
+            user.replace_input_with(node, last)
+    module.recompile()
+
+
 def _explained(
     source: Source, module: Any, args: Tuple[Any, ...], error: Exception
 ) -> Optional[UnsupportedError]:
@@ -97,6 +157,18 @@ def _explained(
 
     from portcall.exporters import _unsupported
 
+    legal = re.search(r"([\w.]+\.py:\d+)?[^\n]*failed to legalize operation '([\w.]+)'", str(error))
+    if legal is not None:
+        where = f" ({legal.group(1)})" if legal.group(1) and source.format != "onnx" else ""
+        return UnsupportedError(
+            f"LiteRT has no operator for {legal.group(2)} with these types and attributes{where}",
+            _unsupported.replacement_for(legal.group(2)),
+        )
+    if "Failed to export flatbuffer" in str(error):
+        return UnsupportedError(
+            f"an operator of {source.spec} has no form in LiteRT: its converter does not say which",
+            "See the log of this step, or export with onnxruntime",
+        )
     if source.format != "onnx":
         return _unsupported.explain(error, torch.export.load(source.path), "TFLite")
     program = torch.export.export(module, args)

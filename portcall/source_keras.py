@@ -105,8 +105,11 @@ def _load_keras(path: Path, spec: str) -> Network:
     inputs = _unique([t.name for t in model.inputs])
     outputs = _unique(list(getattr(model, "output_names", None) or [t.name for t in model.outputs]))
 
+    # A Sequential that was loaded has inputs, but no ``input``.
+    structure = model.inputs[0] if isinstance(model, keras.Sequential) else model.input
+
     def call(values: Mapping[str, Any]) -> dict[str, Any]:
-        packed = keras.tree.pack_sequence_as(model.input, [values[name] for name in inputs])
+        packed = keras.tree.pack_sequence_as(structure, [values[name] for name in inputs])
         return dict(zip(outputs, keras.tree.flatten(model(packed, training=False)), strict=True))
 
     return Network(

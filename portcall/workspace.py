@@ -166,7 +166,9 @@ def lower(work: Workspace, source: Source, backend: Backend, equalize: bool = Fa
         formats = ", ".join(backend.capabilities.source_formats)
         raise UnsupportedError(
             f"{backend.name} cannot take {source.format} models ({source.spec}); it takes: {formats}",
-            "Give the torch model: package.module:factory, or a .pt2 of it",
+            "Export it with tflite, or give the model as ONNX"
+            if source.format in ("keras", "savedmodel")
+            else "Give the torch model: package.module:factory, or a .pt2 of it",
         )
     unknown = [t.name for t in source.inputs if t.name not in source.example_shapes]
     if unknown:

@@ -381,7 +381,7 @@ bench an empty folder | bench {lab}/empty
     fix | portcall export
 bench an unknown suffix | bench {lab}/model.bin
     2 | no backend measures 'model.bin'
-    fix | .onnx, 
+    fix | .onnx
 bench bad JSON | bench {lab}/art-json
     2 | manifest.json is not valid JSON
     fix | Export the artifact again

@@ -42,6 +42,7 @@ class Mine(layers.Layer):
 
 keras.Model(inputs, Mine()(inputs)).save(f"{folder}/mine.keras")
 keras.Sequential([layers.Dense(2)]).save(f"{folder}/unbuilt.keras")
+keras.Sequential([keras.Input((4,), name="features"), layers.Dense(2)]).save(f"{folder}/sequential.keras")
 """
 
 
@@ -80,7 +81,7 @@ import keras
 predicted = keras.models.load_model(f"{folder}/two_0.keras").predict(sample, verbose=0)
 print(json.dumps({"found": found, "outputs": outputs, "predicted": [a.tolist() for a in predicted]}))
 """
-NAMES = ("two_0.keras", "again.keras", "two_1.keras", "saved_0", "saved_1")
+NAMES = ("two_0.keras", "again.keras", "two_1.keras", "sequential.keras", "saved_0", "saved_1")
 BAD = ("lambda.keras", "mine.keras", "unbuilt.keras", "broken.keras", "broken_saved")
 
 
@@ -131,6 +132,11 @@ def test_keras_inputs_and_outputs_keep_names_and_order(opened: dict[str, Source]
     )
     assert [t.name for t in source.outputs] == ["scores", "boxes"]
     assert source.example_shapes == {"image": (1, 8, 8, 3), "features": (1, 4)}
+
+
+def test_a_sequential_opens_like_any_other(opened: dict[str, Source]) -> None:
+    source = opened["sequential.keras"]
+    assert [t.shape for t in source.inputs] == [("batch", 4)] and len(source.outputs) == 1
 
 
 def test_saved_models_go_by_the_names_of_their_signature(opened: dict[str, Source]) -> None:

@@ -211,6 +211,7 @@ class BackendContract:
     dynamic: ClassVar[bool] = True
     computes: ClassVar[bool] = True
     interpreted: ClassVar[bool] = False
+    alternatives: ClassVar[tuple[str, ...]] = ()
 
     @property
     def backend(self) -> Backend:
@@ -310,7 +311,8 @@ print(json.dumps(sorted(set(sys.modules) - before)))
     def _probe(self, role: str, need: str, fault: str) -> dict[str, Any]:
         module = importlib.import_module(f"portcall.exporters.{self.name}")
         assert module.__file__ is not None
-        blocked = {"missing": [], "broken": [], fault: [need]}
+        blocked = {"missing": list(self.alternatives), "broken": []}
+        blocked[fault] = [*blocked[fault], need]
         code = BLOCKER.format(**blocked) + (
             "import json, portcall.exporters\n"
             f"portcall.exporters.__path__.append({str(Path(module.__file__).parent)!r})\n"

@@ -74,8 +74,7 @@ class TestTfLite(BackendContract):
     runtime = ("ai_edge_litert",)
     export_needs = ("ai_edge_quantizer",)
     export_finds = ("torch", "litert_torch")
-    models = ("image", "two_inputs")
-    refused_models = ("onnx",)
+    alternatives = ("tflite_runtime", "tensorflow")
     floors_db: ClassVar = {
         "fp32": 115.0,
         "fp16": 55.0,

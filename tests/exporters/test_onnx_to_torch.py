@@ -327,6 +327,16 @@ CASES = [
         [None, None, ints(2, 6, 17, 5)],
         {"mode": "linear", "coordinate_transformation_mode": "align_corners"},
     ),
+    *(
+        Case(
+            "Resize",
+            [X4],
+            [None, scalar([1, 1, 2, 0.5])],
+            {"mode": "linear", "coordinate_transformation_mode": mode},
+        )
+        for mode in ("asymmetric", "pytorch_half_pixel", "half_pixel")
+    ),
+    Case("Upsample", [X4], [scalar([1, 1, 2, 2])], {"mode": "linear"}, opset=9),
     Case("Resize", [floats(2, 3, 7)], [None, scalar([1, 1, 2])], {"mode": "linear"}),
     Case("Resize", [floats(1, 2, 3, 4, 5)], [None, scalar([1, 1, 2, 2, 2])], {"mode": "linear"}),
     Case("Resize", [X4], [None, scalar([1, 1, 2, 2])], {"mode": "cubic"}, tolerance=1e-5),
@@ -452,6 +462,19 @@ def test_a_dynamic_batch_stays_dynamic(tmp_path: Path) -> None:
         assert_equal(program.module()(torch.from_numpy(x)), run_ort(path, [x]), 0)
 
 
+@pytest.mark.parametrize("mode", ["nearest", "linear"])
+def test_a_dynamic_batch_stays_dynamic_through_a_resize(tmp_path: Path, mode: str) -> None:
+    scales = np.array([1, 1, 2, 2], np.float32)
+    node = helper.make_node("Resize", ["x", "", "scales"], ["y"], "n", mode=mode)
+    path = graph(tmp_path / "m.onnx", [node], {"x": ["batch", 3, 4, 5]}, ["y"], {"scales": scales})
+    batch = torch.export.Dim("batch", min=2)
+    program = torch.export.export(
+        _onnx_to_torch.to_module(path), (torch.zeros(3, 3, 4, 5),), dynamic_shapes=(({0: batch},),)
+    )
+    x = floats(5, 3, 4, 5)
+    assert_equal(program.module()(torch.from_numpy(x)), run_ort(path, [x]), 1e-6)
+
+
 def test_inputs_outputs_and_nodes_keep_their_names(tmp_path: Path) -> None:
     nodes = [
         helper.make_node("MatMul", ["a", "w"], ["m"], "/block.0/dense/MatMul"),
@@ -501,16 +524,6 @@ REFUSED = [
         Case("Resize", [X4], [None, scalar([1, 1, 2, 2])], {"mode": "cubic", "cubic_coeff_a": -0.5}),
         "no such interpolation",
         "-0.75",
-    ),
-    (
-        Case(
-            "Resize",
-            [X4],
-            [None, scalar([1, 1, 2, 2])],
-            {"mode": "linear", "coordinate_transformation_mode": "asymmetric"},
-        ),
-        "mode linear at coordinates asymmetric",
-        "half_pixel",
     ),
     (
         Case("GRU", [floats(5, 2, 3)], [floats(1, 12, 3), floats(1, 12, 4)], {"hidden_size": 4}),

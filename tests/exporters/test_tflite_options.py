@@ -216,6 +216,24 @@ def test_reductions_keep_their_axes_for_the_converter() -> None:
     assert kinds(float_flatbuffer(Net("mean"), x, keep=False)).count("TRANSPOSE") == 2
 
 
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding", "extra"), [(4, 2, 1, 0), (3, 2, 1, 1), ((3, 4), (2, 1), (0, 2), 0)]
+)
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_padding_of_transposed_convolutions_is_cut_off(
+    kernel: Any, stride: Any, padding: Any, extra: Any
+) -> None:
+    import litert_torch
+
+    torch.manual_seed(0)
+    net = torch.nn.ConvTranspose2d(3, 4, kernel, stride, padding, extra).eval()
+    x = torch.randn(1, 3, 6, 7)
+    program = torch.export.export(net, (x,)).module(check_guards=False)
+    _tflite_torch._cut_padding(program)
+    [found] = run(bytes(litert_torch.convert(program, (x,)).model_content()), {"args_0": x.numpy()}).values()
+    np.testing.assert_allclose(found, net(x).detach().numpy(), rtol=1e-5, atol=1e-6)
+
+
 def moves(*steps: tuple[str, list[int]], shape: tuple[int, ...]) -> bytes:
     """Return a flatbuffer of TRANSPOSE (with a permutation) and RESHAPE (with a shape)."""
     model, graph = schema.ModelT(), schema.SubGraphT()

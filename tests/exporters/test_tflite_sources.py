@@ -162,19 +162,66 @@ def test_products_of_int8_are_on_integers(request: pytest.FixtureRequest, source
     assert arithmetic["integer_macs"] == arithmetic["macs"] > 0 and arithmetic["float_nodes"] == []
 
 
-def test_an_operator_that_litert_lacks_is_named_with_its_onnx_node(tmp_path: Path) -> None:
-    inputs = [
-        helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 2, 4, 4]),
-        helper.make_tensor_value_info("grid", TensorProto.FLOAT, [1, 3, 3, 2]),
-    ]
-    outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 2, 3, 3])]
-    node = helper.make_node("GridSample", ["x", "grid"], ["y"], "warp")
-    graph = helper.make_graph([node], "warp", inputs, outputs)
+def test_an_operator_that_litert_lacks_is_named(tmp_path: Path) -> None:
+    value = helper.make_tensor_value_info
+    node = helper.make_node("Pow", ["x", "e"], ["y"], "square")
+    graph = helper.make_graph(
+        [node], "g", [value("x", TensorProto.INT64, [1, 3])], [value("y", TensorProto.INT64, [1, 3])],
+        [numpy_helper.from_array(np.array(2), "e")],
+    )  # fmt: skip
     save(
         helper.make_model(graph, opset_imports=[helper.make_opsetid("", 16)], ir_version=8),
         tmp_path / "m.onnx",
     )
     [result] = portcall.api.export(tmp_path / "m.onnx", ["tflite:fp32"], tmp_path / "out")["results"]
-    assert result["outcome"] == "unsupported", result
-    assert "grid_sampler" in result["reason"] and "'warp'" in result["reason"]
-    assert "interpolate" in result["fix"]
+    assert result["outcome"] == "unsupported", result["reason"]
+    assert "tfl.pow" in result["reason"] and result["fix"]
+
+
+def test_a_quantized_onnx_model_is_refused(tmp_path: Path) -> None:
+    value = helper.make_tensor_value_info
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"], "quantize"),
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["y"], "dequantize"),
+    ]
+    constants = [
+        numpy_helper.from_array(np.array(v), n) for n, v in (("s", np.float32(0.1)), ("z", np.int8(0)))
+    ]
+    graph = helper.make_graph(
+        nodes, "g", [value("x", TensorProto.FLOAT, [1, 3])], [value("y", TensorProto.FLOAT, [1, 3])], constants
+    )  # fmt: skip
+    save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8),
+        tmp_path / "m.onnx",
+    )
+    [result] = portcall.api.export(tmp_path / "m.onnx", ["tflite:fp32"], tmp_path / "out")["results"]
+    assert result["outcome"] == "unsupported", result["reason"]
+    assert "quantized already: node 'quantize'" in result["reason"]
+
+
+def test_more_than_two_gigabytes_are_refused_before_anything_is_read(tmp_path: Path) -> None:
+    from onnx import TensorProto, helper
+
+    from portcall.exporters import _tflite_torch
+    from portcall.targets.agent.contract import Source, TensorSpec
+    from portcall.targets.agent.errors import UnsupportedError
+
+    rows, columns = 20_000, 30_000  # 2.4 GB of float32, in a file with a hole
+    weight = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[rows, columns])
+    weight.data_location = TensorProto.EXTERNAL
+    weight.external_data.add(key="location", value="weights")
+    with (tmp_path / "weights").open("wb") as stream:
+        stream.truncate(4 * rows * columns)
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["y"], "n")],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, rows])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, columns])],
+        [weight],
+    )
+    (tmp_path / "m.onnx").write_bytes(helper.make_model(graph).SerializeToString())
+    inputs = (TensorSpec("x", (1, rows), "float32"),)
+    outputs = (TensorSpec("y", (1, columns), "float32"),)
+    source = Source("m.onnx", "onnx", tmp_path / "m.onnx", "0", inputs, outputs, {"x": (1, rows)})
+    with pytest.raises(UnsupportedError, match=r"m\.onnx has 2\.4 GB of weights, a flatbuffer holds 2 GB"):
+        _tflite_torch.convert(source, tmp_path)
