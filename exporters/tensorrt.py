@@ -6,7 +6,6 @@ int8 model; a calibrator for it is in ``calibration/tensorrt_calibrator.py``.
 
 from __future__ import annotations
 
-import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Dict, Iterator, Mapping, Optional, Tuple, Union
@@ -149,6 +148,8 @@ def census(artifact: Artifact, shapes: Mapping[str, Tuple[int, ...]]) -> Census:
 @contextmanager
 def _runnable(path: Path) -> Iterator[Path]:
     """Yield *path*, or a version of it for ONNX Runtime's CPU where it computes in a half type."""
+    import tempfile
+
     from portcall.exporters import _half_interpret
 
     if not _half_interpret.is_half(path):

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple, Union
@@ -279,6 +278,8 @@ def _spec(name: str, detail: Mapping[str, Any]) -> TensorSpec:
 
 def _run_native(what: str, function: Callable[[], Any]) -> Any:
     """Return function(); TFLM's RuntimeError says little, its native output says why: raise CellFailed with both."""
+    import tempfile
+
     sys.stderr.flush()
     with tempfile.TemporaryFile() as log:
         kept = os.dup(2)

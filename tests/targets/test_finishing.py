@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from portcall.targets.agent import finishing
 from portcall.targets.agent.contract import Artifact, Backend, Workload
 from portcall.targets.agent.errors import CellFailed, UnsupportedError
 from portcall.targets.agent.jobs import ready
+from tests.conftest import ROOT
 
 ARTIFACT = Artifact(Path("/nowhere"), "model.onnx", "null", "fp32", identity="0123456789abcdef0")
 
@@ -96,14 +98,18 @@ def test_a_failed_build_leaves_nothing(cache: Path) -> None:
     assert [p.name for p in cache.rglob("*") if p.is_file()] == [".lock"]
 
 
-def _wait_and_finish(_: int) -> str:
-    return str(finishing.finished(backend(build), ARTIFACT, Workload(), "1")[0])
-
-
 def test_two_processes_build_it_once() -> None:
-    with multiprocessing.get_context("fork").Pool(3) as pool:
-        assert len(set(pool.map(_wait_and_finish, range(3), chunksize=1))) == 1
-    assert builds() == 1
+    code = """
+from portcall.targets.agent import finishing
+from portcall.targets.agent.contract import Workload
+from tests.targets.test_finishing import ARTIFACT, backend, build
+print(finishing.finished(backend(build), ARTIFACT, Workload(), "1")[0])
+"""
+    running = [
+        subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE) for _ in range(3)
+    ]
+    assert len({process.communicate()[0] for process in running}) == 1
+    assert [process.returncode for process in running] == [0, 0, 0] and builds() == 1
 
 
 def test_bare_files_and_backends_without_it() -> None:
@@ -114,7 +120,7 @@ def test_bare_files_and_backends_without_it() -> None:
 def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("PORTCALL_CACHE", str(tmp_path / "file"))
-    with pytest.raises(CellFailed, match=r"cannot write the cache .*Set|cannot write the cache"):
+    with pytest.raises(CellFailed, match="cannot write the cache"):
         finishing.finished(backend(build), ARTIFACT, Workload(), "1")
 
 
