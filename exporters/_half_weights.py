@@ -11,8 +11,26 @@ from __future__ import annotations
 
 from typing import Any, Dict
 
+LARGEST = 65504.0
+"""Of float16; weights beyond it are left to whoever converts them."""
+
 FLIPS_PER_ROOT = 4
 """Of n weights about 0.3 sqrt(n) roundings have to go the other way; more than 4 sqrt(n) + 32 are not tried."""
+
+
+def round_weights(model: Any) -> None:
+    """Round the weights of an ONNX model so, in place; they stay float32, and casting them to float16 is exact."""
+    import numpy as np
+    import onnx
+
+    axes = channel_axes(model.graph)
+    for tensor in model.graph.initializer:
+        if tensor.name not in axes or tensor.data_type != onnx.TensorProto.FLOAT:
+            continue
+        weight = onnx.numpy_helper.to_array(tensor)
+        if np.abs(weight).max(initial=0) < LARGEST:
+            values = rounded(weight, "fp16", axes[tensor.name]).astype(np.float32)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
 
 
 def channel_axes(graph: Any) -> Dict[str, int]:

@@ -50,6 +50,9 @@ def quantize(
         flatbuffer = _tflite._write(model)
     if precision == "int8-weights":
         _check_any_weight(model, kept)
+    if precision == "fp16":
+        _round_weights(model, kept)
+        flatbuffer = _tflite._write(model)
     work = quantizer.Quantizer(bytearray(flatbuffer))
     _add_recipe(work, precision, scheme)
     everything = qtyping.TFLOperationName.ALL_SUPPORTED
@@ -124,6 +127,25 @@ def _check_any_weight(model: Any, kept: Sequence[str]) -> None:
             "int8-weights: this model has no convolution or product with a constant weight left to quantize",
             "Use fp32 or fp16",
         )
+
+
+def _round_weights(model: Any, kept: Sequence[str]) -> None:
+    """Round the weights of products to float16 so that the sums of their channels stay: see ``_half_weights``."""
+    import numpy as np
+
+    from portcall.exporters import _half_weights, _tflite
+
+    done = set()
+    for op, kind in _tflite.operators(model):
+        weight = _tflite.weight_of(model, op, kind)
+        if weight is None or _tflite.operator_name(model, op) in kept:
+            continue
+        buffer = model.subgraphs[0].tensors[op.inputs[1]].buffer
+        if buffer not in done and np.abs(weight).max(initial=0) < _half_weights.LARGEST:
+            _tflite.set_constant(
+                model, buffer, _half_weights.rounded(weight, "fp16", _tflite.CHANNEL_AXES[kind])
+            )
+            done.add(buffer)
 
 
 def _add_recipe(work: Any, precision: str, scheme: Scheme) -> None:

@@ -65,11 +65,15 @@ def lower(source: Source, directory: Path) -> Graph:
 def export(graph: Graph, recipe: Recipe, ranges: Optional[Ranges], directory: Path) -> Exported:
     from importlib.metadata import version
 
+    import onnx
+
     from portcall.exporters import (
         _coreml,
         _coreml_options,
         _coreml_tools,
         _coreml_weights,
+        _half_weights,
+        _onnx,
         _qdq,
         _qdq_symmetric,
     )
@@ -85,6 +89,7 @@ def export(graph: Graph, recipe: Recipe, ranges: Optional[Ranges], directory: Pa
         raise BadInput(f"the option image names {unknown[0]!r}, no input of this model", f"It has: {names}")
     fixed = options.get("shapes") == "fixed" or bool(images)  # Core ML's images have one size
     notes: Tuple[str, ...] = ()
+    files: Tuple[str, ...] = ()
     path = graph.path
     if recipe.precision == "int8":
         assert ranges is not None
@@ -92,6 +97,11 @@ def export(graph: Graph, recipe: Recipe, ranges: Optional[Ranges], directory: Pa
         path = directory / "quantized.onnx"
         files, found = _qdq_symmetric.quantize(graph, ranges, path, options)
         notes += (*found, INT8_NOTE)
+    elif recipe.precision == "fp16":
+        path = directory / "rounded.onnx"
+        rounded = onnx.load(str(graph.path))
+        _half_weights.round_weights(rounded)
+        files = _onnx.save(rounded, path)
     module, program = _coreml.to_program(path, source, fixed)
     half = recipe.precision != "fp32"
     model, target = _coreml.convert(module, program, source, fixed, target, half, images)
@@ -104,9 +114,8 @@ def export(graph: Graph, recipe: Recipe, ranges: Optional[Ranges], directory: Pa
             notes += ("no bias correction: it needs calibrated ranges, as int8 has them",)
     _coreml_tools.save(model, package)
     saved = Program(package)
-    if recipe.precision == "int8":
-        for file in files:
-            (directory / file).unlink()
+    for file in files:
+        (directory / file).unlink()
     dynamic = not fixed and any(isinstance(d, str) for t in source.inputs for d in t.shape)
     if dynamic:
         _check_dynamic(saved, module, source, images, recipe.precision)

@@ -50,7 +50,7 @@ def export(graph: Graph, recipe: Recipe, ranges: Optional[Ranges], directory: Pa
     import onnx
     import onnxruntime as ort
 
-    from portcall.exporters import _dynamic, _onnx, _opset, _qdq, _weight_only
+    from portcall.exporters import _dynamic, _half_weights, _onnx, _opset, _qdq, _weight_only
 
     path = directory / "model.onnx"
     notes: Tuple[str, ...] = ()
@@ -64,9 +64,9 @@ def export(graph: Graph, recipe: Recipe, ranges: Optional[Ranges], directory: Pa
     elif recipe.precision == "fp16":
         from onnxruntime.transformers.float16 import convert_float_to_float16
 
-        model = convert_float_to_float16(
-            onnx.load(str(graph.path)), keep_io_types=True, disable_shape_infer=True
-        )
+        model = onnx.load(str(graph.path))
+        _half_weights.round_weights(model)
+        model = convert_float_to_float16(model, keep_io_types=True, disable_shape_infer=True)
         files = _onnx.save(model, path)
     else:
         files = _onnx.save(onnx.load(str(graph.path)), path)

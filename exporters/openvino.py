@@ -40,9 +40,10 @@ def lower(source: Source, directory: Path) -> Graph:
 
 
 def export(graph: Graph, recipe: Recipe, ranges: Optional[Ranges], directory: Path) -> Exported:
+    import onnx
     import openvino as ov
 
-    from portcall.exporters import _onnx, _qdq
+    from portcall.exporters import _half_weights, _onnx, _qdq
 
     notes: Tuple[str, ...] = ()
     onnx_path = graph.path
@@ -55,9 +56,14 @@ def export(graph: Graph, recipe: Recipe, ranges: Optional[Ranges], directory: Pa
             )
         onnx_path = directory / "qdq.onnx"
         _, notes = _qdq.quantize(graph, ranges, onnx_path, recipe.options)
+    elif recipe.precision == "fp16":
+        onnx_path = directory / "rounded.onnx"
+        rounded = onnx.load(str(graph.path))
+        _half_weights.round_weights(rounded)
+        _onnx.save(rounded, onnx_path)
     model = ov.convert_model(str(onnx_path))
     ov.save_model(model, str(directory / "model.xml"), compress_to_fp16=recipe.precision == "fp16")
-    for file in directory.glob("qdq.onnx*"):
+    for file in (*directory.glob("qdq.onnx*"), *directory.glob("rounded.onnx*")):
         file.unlink()
     inputs, outputs = _onnx.bound_tensors(graph)
     kept = {name for port in [*model.inputs, *model.outputs] for name in port.get_names()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import nn
 from examples.digits import calibration as digits_calibration
 from examples.digits import evaluation as digits_test
 from examples.digits import model as digits
+from examples.efficientnet_lite0 import evaluation as efficientnet_crops
 
 __all__ = ["digits", "digits_calibration", "digits_test"]
 
@@ -112,3 +114,8 @@ class Decomposed(nn.Module):
 
 def decomposed() -> tuple[Any, ...]:
     return Decomposed().eval(), (torch.randn(1, 4, 4),), None
+
+
+def few_crops() -> Iterator[Sample]:
+    """Yield 24 of the crops that EfficientNet-Lite0's example is evaluated on."""
+    return islice(efficientnet_crops(), 24)
