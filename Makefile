@@ -4,7 +4,7 @@ BIN := .venv/bin
 SECONDS_PER_CELL ?= 12
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test lint bench bench-calibration bench-formats bench-micro bench-engines clean
+.PHONY: demo test lint bench bench-calibration bench-formats bench-micro bench-engines bench-tflite clean
 
 demo: .venv/installed
 	$(BIN)/python -m examples.demo --seconds $(SECONDS_PER_CELL)
@@ -17,7 +17,7 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: bench-calibration bench-formats bench-micro bench-engines
+bench: bench-calibration bench-formats bench-tflite bench-micro bench-engines
 
 # Side by side with its peers, 100 and 500 images; fewer e.g. with BENCH_CALIBRATION="--images 100 --rounds 1".
 bench-calibration: .venv/installed
@@ -26,6 +26,10 @@ bench-calibration: .venv/installed
 # Every format of four models; fewer e.g. with BENCH_FORMATS="--models digits --backends tflite".
 bench-formats: .venv/installed
 	$(BIN)/python -m benchmarks.formats --json build/bench-formats/result.json $(BENCH_FORMATS)
+
+# int8 EfficientNet-Lite0 beside the file of TensorFlow's own converter.
+bench-tflite: .venv/installed
+	$(BIN)/python -m benchmarks.tflite_latency $(BENCH_TFLITE)
 
 # Four networks of the MLPerf Tiny kinds and the digits network in the real TFLite-Micro interpreter.
 bench-micro: .venv/installed
