@@ -1,9 +1,10 @@
 """``python -m benchmarks.tflite_latency``: our int8 EfficientNet-Lite0 beside the file of TensorFlow's own converter.
 
-The same network three times: TensorFlow's converter from Keras, with a representative dataset (random weights: int8
-kernels take as long for any); portcall from the ``.keras`` of it; portcall from the published PyTorch weights.
-Interleaved rounds of one fresh process each, one thread; the ratio of P50 is the median over rounds. Beside it, how
-many TRANSPOSE each file has.
+The network twice: with the padding of Keras ("same"), and with that of PyTorch, which pads both sides before a stride
+and so needs a PAD in the flatbuffer. Of each, TensorFlow's converter with a representative dataset (random weights:
+int8 kernels take as long for any), and portcall from the ``.keras`` of it; portcall also from the published PyTorch weights.
+Interleaved rounds of one fresh process each, one thread; the ratio of P50, to TensorFlow's file with the same padding,
+is the median over rounds. Beside it, how many TRANSPOSE each file has.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from portcall.core import Workload
 from portcall.exporters import _tflite
 from portcall.progress import Reporter
 
-HEADER = ("file", "from", "P50 ms", "ratio", "rounds", "TRANSPOSE", "MB")
+HEADER = ("from", "padding", "P50 ms", "ratio", "rounds", "TRANSPOSE", "MB")
 
 MAKE = """
 import sys
@@ -38,35 +39,47 @@ def normalized(y, activated=True):
     y = layers.BatchNormalization(momentum=0.3)(y)
     return layers.ReLU(6.0)(y) if activated else y
 
-def convolved(y, channels, size=1, stride=1):
-    return layers.Conv2D(channels, size, strides=stride, padding="same", use_bias=False)(y)
+def padded(y, size, stride, as_torch):
+    # PyTorch pads both sides alike, Keras' "same" only what the stride leaves.
+    if stride == 1 or not as_torch:
+        return y, "same"
+    return layers.ZeroPadding2D(size // 2)(y), "valid"
 
 # M. Tan, Q. V. Le, "EfficientNet" (ICML 2019), table 1, without squeeze-and-excitation, ReLU6: Lite0.
 BLOCKS = ((1, 16, 1, 1, 3), (6, 24, 2, 2, 3), (6, 40, 2, 2, 5), (6, 80, 3, 2, 3), (6, 112, 3, 1, 5),
           (6, 192, 4, 2, 5), (6, 320, 1, 1, 3))
-image = keras.Input((224, 224, 3), name="inputs")
-y, channels = normalized(convolved(image, 32, 3, 2)), 32
-for expand, out, repeats, first_stride, size in BLOCKS:
-    for number in range(repeats):
-        stride = first_stride if number == 0 else 1
-        z = normalized(convolved(y, channels * expand)) if expand != 1 else y
-        depthwise = layers.DepthwiseConv2D(size, strides=stride, padding="same", use_bias=False)
-        z = normalized(convolved(normalized(depthwise(z)), out), False)
-        y = layers.Add()([y, z]) if stride == 1 and channels == out else z
-        channels = out
-y = layers.GlobalAveragePooling2D()(normalized(convolved(y, 1280)))
-model = keras.Model(image, layers.Dense(1000, name="scores")(y))
-for _ in range(6):  # batch statistics
-    model(rng.standard_normal((4, 224, 224, 3)).astype("float32"), training=True)
-model.save(folder + "/lite0.keras")
+
+def network(as_torch):
+    image = keras.Input((224, 224, 3), name="inputs")
+    y, padding = padded(image, 3, 2, as_torch)
+    y, channels = normalized(layers.Conv2D(32, 3, strides=2, padding=padding, use_bias=False)(y)), 32
+    for expand, out, repeats, first_stride, size in BLOCKS:
+        for number in range(repeats):
+            stride = first_stride if number == 0 else 1
+            expanded = layers.Conv2D(channels * expand, 1, use_bias=False)
+            z = normalized(expanded(y)) if expand != 1 else y
+            z, padding = padded(z, size, stride, as_torch)
+            z = layers.DepthwiseConv2D(size, strides=stride, padding=padding, use_bias=False)(z)
+            z = normalized(layers.Conv2D(out, 1, use_bias=False)(normalized(z)), False)
+            y = layers.Add()([y, z]) if stride == 1 and channels == out else z
+            channels = out
+    y = layers.GlobalAveragePooling2D()(normalized(layers.Conv2D(1280, 1, use_bias=False)(y)))
+    model = keras.Model(image, layers.Dense(1000, name="scores")(y))
+    for _ in range(6):  # batch statistics
+        model(rng.standard_normal((4, 224, 224, 3)).astype("float32"), training=True)
+    return model
+
 samples = rng.standard_normal((8, 224, 224, 3)).astype("float32")
 numpy.savez(folder + "/samples.npz", inputs=samples)
-one = keras.Input((224, 224, 3), batch_size=1)
-converter = tensorflow.lite.TFLiteConverter.from_keras_model(keras.Model(one, model(one)))
-converter.optimizations = [tensorflow.lite.Optimize.DEFAULT]
-converter.representative_dataset = lambda: ([s[None]] for s in samples)
-converter.target_spec.supported_ops = [tensorflow.lite.OpsSet.TFLITE_BUILTINS_INT8]
-open(folder + "/tensorflow.tflite", "wb").write(converter.convert())
+for name, as_torch in (("same", False), ("torch", True)):
+    model = network(as_torch)
+    model.save(folder + f"/{name}.keras")
+    one = keras.Input((224, 224, 3), batch_size=1)
+    converter = tensorflow.lite.TFLiteConverter.from_keras_model(keras.Model(one, model(one)))
+    converter.optimizations = [tensorflow.lite.Optimize.DEFAULT]
+    converter.representative_dataset = lambda: ([s[None]] for s in samples)
+    converter.target_spec.supported_ops = [tensorflow.lite.OpsSet.TFLITE_BUILTINS_INT8]
+    open(folder + f"/{name}.tflite", "wb").write(converter.convert())
 """
 
 
@@ -89,39 +102,34 @@ def main() -> None:
     subprocess.run([sys.executable, "-c", MAKE, str(folder)], env={**os.environ, **quiet}, check=True)
     torch_data = "examples.efficientnet_lite0:calibration"
     for model, data, name in (
-        (str(folder / "lite0.keras"), str(folder / "samples.npz"), "keras"),
-        ("examples.efficientnet_lite0:model", torch_data, "torch"),
+        (str(folder / "same.keras"), str(folder / "samples.npz"), "portcall-same"),
+        (str(folder / "torch.keras"), str(folder / "samples.npz"), "portcall-torch"),
+        ("examples.efficientnet_lite0:model", torch_data, "portcall-pytorch"),
     ):
         answer = portcall.export(model, "tflite:int8", folder / name, data=data, reporter=Reporter(True))
         [result] = answer["results"]
         if result["path"] is None:
             sys.exit(f"error: {result['reason']}")
-    files = {
-        "TensorFlow's converter": folder / "tensorflow.tflite",
-        "portcall from Keras": folder / "keras" / "tflite-int8" / "model.tflite",
-        "portcall from PyTorch": folder / "torch" / "tflite-int8" / "model.tflite",
-    }
+    ours = "tflite-int8/model.tflite"
+    files = (  # what made it, its padding, the file, the row that it is compared with
+        ("TensorFlow's converter", "same", folder / "same.tflite", 0),
+        ("portcall from Keras", "same", folder / "portcall-same" / ours, 0),
+        ("TensorFlow's converter", "PyTorch's", folder / "torch.tflite", 2),
+        ("portcall from Keras", "PyTorch's", folder / "portcall-torch" / ours, 2),
+        ("portcall from PyTorch", "PyTorch's", folder / "portcall-pytorch" / ours, 2),
+    )
     workload = Workload(processes=arguments.rounds, min_time_s=arguments.seconds)
     portcall.benchmark(
-        list(files.values()), workload=workload, output=folder / "bench", reporter=Reporter(True)
+        [path for _, _, path, _ in files], workload=workload, output=folder / "bench", reporter=Reporter(True)
     )
     medians = [_medians(path) for path in sorted((folder / "bench" / "raw").glob("*.npz"))]
     rows = []
-    for (name, path), found in zip(files.items(), medians, strict=True):
-        ratio = float(np.median(found / medians[0]))
+    for (name, padding, path, base), found in zip(files, medians, strict=True):
+        ratio = f"{float(np.median(found / medians[base])):.3f}"
         count = sum(kind == "TRANSPOSE" for _, kind in _tflite.operators(_tflite._read(path.read_bytes())))
         size = f"{path.stat().st_size / 1e6:.2f}"
-        rows.append(
-            [
-                path.name,
-                name,
-                f"{np.median(found) / 1e6:.2f}",
-                f"{ratio:.3f}",
-                str(len(found)),
-                str(count),
-                size,
-            ]
-        )
+        p50 = f"{np.median(found) / 1e6:.2f}"
+        rows.append([name, padding, p50, ratio, str(len(found)), str(count), size])
     print(align(HEADER, rows))
 
 
