@@ -2,9 +2,10 @@
 
 The network twice: with the padding of Keras ("same"), and with that of PyTorch, which pads both sides before a stride
 and so needs a PAD in the flatbuffer. Of each, TensorFlow's converter with a representative dataset (random weights:
-int8 kernels take as long for any), and portcall from the ``.keras`` of it; portcall also from the published PyTorch weights.
-Interleaved rounds of one fresh process each, one thread; the ratio of P50, to TensorFlow's file with the same padding,
-is the median over rounds. Beside it, how many TRANSPOSE each file has.
+int8 kernels take as long for any), and portcall from the ``.keras`` of it; portcall also from the published
+PyTorch weights, with their layout and channels last. Interleaved rounds of one fresh process each, one thread; the
+ratio of P50, to TensorFlow's file with the same padding, is the median over rounds. Beside it, how many TRANSPOSE each
+file has.
 """
 
 from __future__ import annotations
@@ -101,22 +102,27 @@ def main() -> None:
     quiet = {"KERAS_BACKEND": "tensorflow", "TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"}
     subprocess.run([sys.executable, "-c", MAKE, str(folder)], env={**os.environ, **quiet}, check=True)
     torch_data = "examples.efficientnet_lite0:calibration"
-    for model, data, name in (
-        (str(folder / "same.keras"), str(folder / "samples.npz"), "portcall-same"),
-        (str(folder / "torch.keras"), str(folder / "samples.npz"), "portcall-torch"),
-        ("examples.efficientnet_lite0:model", torch_data, "portcall-pytorch"),
+    for model, data, layout, name in (
+        (str(folder / "same.keras"), str(folder / "samples.npz"), "source", "keras-same"),
+        (str(folder / "torch.keras"), str(folder / "samples.npz"), "source", "keras-torch"),
+        ("examples.efficientnet_lite0:model", torch_data, "source", "pytorch"),
+        ("examples.efficientnet_lite0:model", torch_data, "channels_last", "pytorch-last"),
     ):
-        answer = portcall.export(model, "tflite:int8", folder / name, data=data, reporter=Reporter(True))
+        options = {"tflite.layout": layout}
+        answer = portcall.export(
+            model, "tflite:int8", folder / name, data=data, options=options, reporter=Reporter(True)
+        )
         [result] = answer["results"]
         if result["path"] is None:
             sys.exit(f"error: {result['reason']}")
     ours = "tflite-int8/model.tflite"
     files = (  # what made it, its padding, the file, the row that it is compared with
         ("TensorFlow's converter", "same", folder / "same.tflite", 0),
-        ("portcall from Keras", "same", folder / "portcall-same" / ours, 0),
+        ("portcall from Keras", "same", folder / "keras-same" / ours, 0),
         ("TensorFlow's converter", "PyTorch's", folder / "torch.tflite", 2),
-        ("portcall from Keras", "PyTorch's", folder / "portcall-torch" / ours, 2),
-        ("portcall from PyTorch", "PyTorch's", folder / "portcall-pytorch" / ours, 2),
+        ("portcall from Keras", "PyTorch's", folder / "keras-torch" / ours, 2),
+        ("portcall from PyTorch", "PyTorch's", folder / "pytorch" / ours, 2),
+        ("portcall from PyTorch, channels last", "PyTorch's", folder / "pytorch-last" / ours, 2),
     )
     workload = Workload(processes=arguments.rounds, min_time_s=arguments.seconds)
     portcall.benchmark(

@@ -1,13 +1,52 @@
-"""Integer inputs and outputs of a quantized flatbuffer, for devices whose sensors and consumers speak integers."""
+"""The inputs and outputs that a device sees: floats or integers, in the source's order of axes or the operators'."""
 
 from __future__ import annotations
 
 from typing import Any, Dict, List, Mapping, Tuple
 
+from portcall.targets.agent.contract import BoundTensor, Source, TensorSpec
 from portcall.targets.agent.errors import UnsupportedError
 
 TYPES: Mapping[str, str] = {"int8": "INT8", "int16x8": "INT16"}
 """Precisions with integer activations -> the type of those."""
+
+
+def with_interface(
+    flatbuffer: bytes, precision: str, options: Mapping[str, Any], backend: str
+) -> Tuple[bytes, Dict[str, Tuple[int, ...]], Tuple[str, ...]]:
+    """Return the flatbuffer with the inputs and outputs that the options io and layout ask for; permutations; notes.
+
+    Raises UnsupportedError for integers that the precision has not, and for what ``with_integer_interface`` refuses.
+    """
+    from portcall.exporters import _tflite_layout
+
+    notes: Tuple[str, ...] = ()
+    permutations: Dict[str, Tuple[int, ...]] = {}
+    wanted = options.get("io") or "float"
+    if wanted != "float":
+        if TYPES[precision].lower() != wanted:
+            raise UnsupportedError(
+                f"{backend}.io={wanted} does not go with {precision}", "int8 has int8, int16x8 has int16"
+            )
+        flatbuffer, notes = with_integer_interface(flatbuffer, precision)
+    if options.get("layout") == "channels_last":
+        flatbuffer, permutations = _tflite_layout.with_channels_last(flatbuffer)
+        moved = ", ".join(f"{name} {list(order)}" for name, order in permutations.items())
+        notes += (f"channels last, axes of the source's tensors: {moved or 'none needed it'}",)
+    return flatbuffer, permutations, notes
+
+
+def bound(
+    flatbuffer: bytes, permutations: Mapping[str, Tuple[int, ...]], source: Source
+) -> Tuple[Tuple[BoundTensor, ...], Tuple[BoundTensor, ...]]:
+    """Return the inputs and the outputs of the flatbuffer beside the source's."""
+    found = interface(flatbuffer)
+
+    def one(spec: TensorSpec) -> BoundTensor:
+        dtype, shape, scale, zero_point = found[spec.name]
+        return BoundTensor(spec.name, spec.name, shape, dtype, permutations.get(spec.name), scale, zero_point)
+
+    return tuple(map(one, source.inputs)), tuple(map(one, source.outputs))
 
 
 def with_integer_interface(flatbuffer: bytes, precision: str) -> Tuple[bytes, Tuple[str, ...]]:

@@ -11,7 +11,6 @@ from portcall.targets.agent.contract import (
     Artifact,
     Available,
     Backend,
-    BoundTensor,
     Capabilities,
     Census,
     Exported,
@@ -93,29 +92,20 @@ def export(graph: Graph, recipe: Recipe, ranges: Optional[Ranges], directory: Pa
     notes: Tuple[str, ...] = ()
     if recipe.precision != "fp32":
         flatbuffer, notes = _tflite_quantize.quantize(graph.path, recipe.precision, ranges, options)
-    wanted = options.get("io", "float")
-    if wanted != "float":
-        if _tflite_io.TYPES[recipe.precision].lower() != wanted:
-            raise UnsupportedError(
-                f"tflite.io={wanted} does not go with {recipe.precision}", "int8 has int8, int16x8 has int16"
-            )
-        flatbuffer, more = _tflite_io.with_integer_interface(flatbuffer, recipe.precision)
-        notes += more
+    flatbuffer, permutations, more = _tflite_io.with_interface(
+        flatbuffer, recipe.precision, options, "tflite"
+    )
+    notes += more
     notes += _tflite_transpose.notes(flatbuffer)
     flatbuffer, oldest = _tflite_versions.settle(flatbuffer, asked)
     path = directory / "model.tflite"
     path.write_bytes(flatbuffer)
-    found = _tflite_io.interface(flatbuffer)
-
-    def bound(spec: TensorSpec) -> BoundTensor:
-        dtype, shape, scale, zero_point = found[spec.name]
-        return BoundTensor(spec.name, spec.name, shape, dtype, None, scale, zero_point)
-
+    inputs, outputs = _tflite_io.bound(flatbuffer, permutations, graph.source)
     return Exported(
         path.name,
         (path.name,),
-        tuple(map(bound, graph.source.inputs)),
-        tuple(map(bound, graph.source.outputs)),
+        inputs,
+        outputs,
         {d: version(d) for d in _converters(graph.source.format)},
         notes,
         oldest,
@@ -245,8 +235,12 @@ BACKEND = Backend(
         options={
             "io": Option(
                 "type of inputs and outputs; integers are round(x / scale) + zero_point of the manifest",
-                choices=("float", "int8", "int16"),
+                ("float", "int8", "int16"),
                 precisions=("int8", "int16x8"),
+            ),
+            "layout": Option(
+                "order of axes of inputs and outputs: the source's, or channels last where that saves a TRANSPOSE",
+                ("source", "channels_last"),
             ),
             "min_runtime": Option("version of TensorFlow Lite that has to load the artifact, e.g. 2.11"),
         },

@@ -46,6 +46,10 @@ OPTIONS: Mapping[str, Option] = {
         ("float", "int8", "int16"),
         precisions=("int8", "int16x8"),
     ),
+    "layout": Option(
+        "order of axes of inputs and outputs: the source's, or channels last where that saves a TRANSPOSE",
+        ("source", "channels_last"),
+    ),
     "core": Option(
         f"the core that the firmware's build files name; {CORE} unless told",
         ("cortex-m0", "cortex-m0plus", "cortex-m3", "cortex-m4", "cortex-m7", "cortex-m33", "cortex-m55"),
@@ -105,14 +109,10 @@ def export(graph: Graph, recipe: Recipe, ranges: Optional[Ranges], directory: Pa
     _tflm_model.check_interface(_tflite._read(flatbuffer))
     if recipe.precision != "fp32":
         flatbuffer, notes = _tflite_quantize.quantize(graph.path, recipe.precision, ranges, options)
-    if own["io"] not in (None, "float"):
-        if _tflite_io.TYPES[recipe.precision].lower() != own["io"]:
-            raise UnsupportedError(
-                f"tflite_micro.io={own['io']} does not go with {recipe.precision}",
-                "int8 has int8, int16x8 has int16",
-            )
-        flatbuffer, more = _tflite_io.with_integer_interface(flatbuffer, recipe.precision)
-        notes += more
+    flatbuffer, permutations, more = _tflite_io.with_interface(
+        flatbuffer, recipe.precision, own, "tflite_micro"
+    )
+    notes += more
     model = _tflite._read(flatbuffer)
     operators = _tflm_model.used_operators(model)
     flatbuffer = _tflite._write(model)
@@ -126,13 +126,7 @@ def export(graph: Graph, recipe: Recipe, ranges: Optional[Ranges], directory: Pa
     _check_budget("flash", own["flash_kb"], len(flatbuffer), "model.tflite", [t for t in sizes if t.constant])
     _check_budget("ram", own["ram_kb"], arena_bytes, "the arena", [t for t in sizes if not t.constant])
 
-    found = _tflite_io.interface(flatbuffer)
-
-    def bound(spec: TensorSpec) -> BoundTensor:
-        dtype, shape, scale, zero_point = found[spec.name]
-        return BoundTensor(spec.name, spec.name, shape, dtype, None, scale, zero_point)
-
-    inputs, outputs = tuple(map(bound, graph.source.inputs)), tuple(map(bound, graph.source.outputs))
+    inputs, outputs = _tflite_io.bound(flatbuffer, permutations, graph.source)
     layers = _tflm_layers.compare(flatbuffer, _tflm_layers.random_inputs(model, ranges), plenty)
     said = (
         f"arena: {arena.bytes} bytes by bisection on the host ({arena.reported} reported: {arena.head} for "

@@ -165,7 +165,7 @@ class WorkerPool:
                         stderr=subprocess.STDOUT,
                         start_new_session=True,
                         pass_fds=(lifeline_read, progress_write),
-                        env=_environment(),
+                        env=_environment(folder),
                     )
                 except OSError as error:
                     raise UnavailableError(
@@ -263,9 +263,11 @@ def _command(python: str) -> list[str]:
     return [python, "-P" if probe.stdout.strip() == "True" else "-I"]
 
 
-def _environment() -> dict[str, str]:
-    """Return the environment without entries of PYTHONPATH that mean the current folder."""
-    environment = dict(os.environ)
+def _environment(folder: Path) -> dict[str, str]:
+    """Return the environment without entries of PYTHONPATH that mean the current folder, with its temporary files
+    in *folder*: converters leave some behind (coremltools a package per conversion), which go with the worker's.
+    """
+    environment = {**os.environ, "TMPDIR": str(folder)}
     here = os.path.realpath("")
     entries = environment.get("PYTHONPATH", "").split(os.pathsep)
     path = [p for p in entries if p and os.path.realpath(p) != here]

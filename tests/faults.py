@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -21,6 +22,11 @@ FOREVER_S = 600
 
 def answer(arguments: Arguments, progress: Progress) -> Any:
     return arguments["value"]
+
+
+def litter(arguments: Arguments, progress: Progress) -> str:
+    """Leave a temporary folder behind, as converters do."""
+    return tempfile.mkdtemp(suffix=".mlpackage")
 
 
 def segfault(arguments: Arguments, progress: Progress) -> None:

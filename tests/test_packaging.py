@@ -244,7 +244,10 @@ def test_constraints_are_exact_and_installed() -> None:
 
 
 @pytest.mark.slow
-def test_the_extra_all_resolves_in_a_fresh_environment(built: tuple[Path, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("extra", ["all", "dev"])
+def test_an_extra_resolves_in_a_fresh_environment(
+    built: tuple[Path, Path], tmp_path: Path, extra: str
+) -> None:
     """pip finds versions that fit together under constraints.txt, and that pins all of them; nothing is installed."""
     venv.create(tmp_path / "venv", with_pip=False)
     pip = [sys.executable, "-m", "pip", "--python", str(tmp_path / "venv" / "bin" / "python"), "install"]
@@ -256,7 +259,7 @@ def test_the_extra_all_resolves_in_a_fresh_environment(built: tuple[Path, Path],
         pytest.skip("no package index is reachable: pip finds not even shtab")
     report = tmp_path / "report.json"
     constraints = ["--constraint", str(ROOT / "constraints.txt"), "--report", str(report)]
-    wanted = f"portcall[all] @ {built[0].as_uri()}"
+    wanted = f"portcall[{extra}] @ {built[0].as_uri()}"
     done = subprocess.run([*pip, *constraints, wanted], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = {

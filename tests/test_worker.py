@@ -149,6 +149,12 @@ def test_children_of_a_crashed_worker_end_with_it(pool: WorkerPool, mark: str) -
     assert left_running(mark) == {}
 
 
+def test_what_a_worker_leaves_in_its_temporary_folder_goes_with_it(pool: WorkerPool, mark: str) -> None:
+    left = Path(str(call(pool, "litter")))
+    assert left.is_relative_to(mark) and not left.exists()
+    assert not list(Path(mark).iterdir())
+
+
 def test_the_log_of_a_failed_worker_is_kept(pool: WorkerPool, tmp_path: Path) -> None:
     log = tmp_path / "logs" / "cell.log"
     with pytest.raises(CellFailed):

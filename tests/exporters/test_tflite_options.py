@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,15 @@ from ai_edge_litert.interpreter import Interpreter, OpResolverType
 import portcall.api
 from portcall import artifact as artifacts
 from portcall.core import BadInput
-from portcall.exporters import _tflite, _tflite_io, _tflite_torch, _tflite_transpose, _tflite_versions, tflite
+from portcall.exporters import (
+    _tflite,
+    _tflite_io,
+    _tflite_layout,
+    _tflite_torch,
+    _tflite_transpose,
+    _tflite_versions,
+    tflite,
+)
 from portcall.targets.agent.errors import UnsupportedError
 from tests.exporters.contract import Array, Exports, random_inputs
 
@@ -91,6 +101,75 @@ def test_interface_of_floats_has_no_scale(exports: Exports) -> None:
     found = _tflite_io.interface(flatbuffer_of(exports, "int8", "two_inputs"))
     assert found["token_ids"] == ("int64", (1, 7), None, None)
     assert found["features"] == ("float32", (1, 4), None, None)
+
+
+# channels last
+
+
+class Denoiser(torch.nn.Module):
+    """An image in, an image out, with a padding that no convolution of LiteRT has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = torch.nn.Conv2d(3, 5, 3, stride=2, padding=1)
+        self.last = torch.nn.ConvTranspose2d(5, 4, 2, stride=2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.last(torch.relu(self.first(x)))
+        return y
+
+
+def denoiser() -> tuple[Any, ...]:
+    torch.manual_seed(0)
+    return Denoiser().eval(), (torch.randn(1, 3, 8, 12),)
+
+
+def denoiser_data() -> list[dict[str, Array]]:
+    rng = np.random.default_rng(0)
+    return [{"x": rng.standard_normal((1, 3, 8, 12)).astype("f4")} for _ in range(8)]
+
+
+HERE = "tests.exporters.test_tflite_options"
+
+
+@pytest.mark.parametrize("backend", ["tflite", "tflite_micro"])
+@pytest.mark.parametrize(("precision", "io"), [("fp32", None), ("int8", "float"), ("int8", "int8")])
+def test_channels_last_drops_the_transposes_and_nothing_else(
+    tmp_path: Path, backend: str, precision: str, io: str | None
+) -> None:
+    def exported(layout: str) -> dict[str, Any]:
+        options = {f"{backend}.layout": layout, **({f"{backend}.io": io} if io else {})}
+        answer = portcall.api.export(
+            f"{HERE}:denoiser", [f"{backend}:{precision}"], tmp_path / layout,
+            data=f"{HERE}:denoiser_data", options=options,
+        )  # fmt: skip
+        result: dict[str, Any] = answer["results"][0]
+        assert result["outcome"] == "artifact", result["reason"]
+        return result
+
+    plain, last = exported("source"), exported("channels_last")
+    assert plain["parity"] == last["parity"]
+    counts = [kinds((Path(r["path"]) / "model.tflite").read_bytes()) for r in (plain, last)]
+    assert counts[0].count("TRANSPOSE") == 2
+    assert sorted(counts[1]) == sorted(k for k in counts[0] if k != "TRANSPOSE")
+    manifest = artifacts.read_manifest(Path(last["path"]))
+    [x], [output] = manifest["inputs"], manifest["outputs"]
+    assert (x["shape"], x["permutation"]) == ([1, 8, 12, 3], [0, 2, 3, 1])
+    assert (output["shape"], output["permutation"]) == ([1, 8, 12, 4], [0, 2, 3, 1])
+    said = [
+        subprocess.run(
+            [sys.executable, Path(r["path"]) / "example.py"], capture_output=True, text=True, check=True
+        ).stdout
+        for r in (plain, last)
+    ]
+    differences = [line.rpartition(": ")[2] for text in said for line in text.splitlines() if ": " in line]
+    assert len(differences) == 2 and differences[0] == differences[1]
+
+
+def test_an_input_that_others_read_keeps_its_layout(exports: Exports) -> None:
+    flatbuffer = flatbuffer_of(exports, "int8", "two_inputs")
+    same, permutations = _tflite_layout.with_channels_last(flatbuffer)
+    assert permutations == {} and kinds(same) == kinds(flatbuffer)
 
 
 # the oldest runtime
