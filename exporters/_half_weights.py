@@ -14,6 +14,9 @@ from typing import Any, Dict
 LARGEST = 65504.0
 """Of float16; weights beyond it are left to whoever converts them."""
 
+SMALL = 32
+"""Elements of a tensor that is not worth storing in 16 bits."""
+
 FLIPS_PER_ROOT = 4
 """Of n weights about 0.3 sqrt(n) roundings have to go the other way; more than 4 sqrt(n) + 32 are not tried."""
 
@@ -31,6 +34,33 @@ def round_weights(model: Any) -> None:
         if np.abs(weight).max(initial=0) < LARGEST:
             values = rounded(weight, "fp16", axes[tensor.name]).astype(np.float32)
             tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+
+
+def store(model: Any) -> None:
+    """Store the weights of an ONNX model in float16, rounded so, with a Cast to float32 before their readers.
+
+    The arithmetic stays float32: ONNX Runtime folds the casts when it loads the file. Tensors of less than SMALL
+    elements (bounds, scales of a Resize, epsilons) and those beyond float16 stay as they are.
+    """
+    import numpy as np
+    import onnx
+
+    round_weights(model)
+    fixed = {v.name for v in [*model.graph.input, *model.graph.output]}
+    casts = []
+    for tensor in model.graph.initializer:
+        if tensor.data_type != onnx.TensorProto.FLOAT or tensor.name in fixed:
+            continue
+        values = onnx.numpy_helper.to_array(tensor)
+        if values.size < SMALL or not np.abs(values).max() < LARGEST:
+            continue
+        name, stored = tensor.name, f"{tensor.name}_fp16"
+        tensor.CopyFrom(onnx.numpy_helper.from_array(values.astype(np.float16), stored))
+        cast = onnx.helper.make_node("Cast", [stored], [name], f"{name}_cast", to=onnx.TensorProto.FLOAT)
+        casts.append(cast)
+    nodes = [*casts, *model.graph.node]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
 
 
 def channel_axes(graph: Any) -> Dict[str, int]:

@@ -62,11 +62,8 @@ def export(graph: Graph, recipe: Recipe, ranges: Optional[Ranges], directory: Pa
     elif recipe.precision in _weight_only.BITS:
         files, notes = _weight_only.quantize(graph, recipe.precision, ranges, path, recipe.options)
     elif recipe.precision == "fp16":
-        from onnxruntime.transformers.float16 import convert_float_to_float16
-
         model = onnx.load(str(graph.path))
-        _half_weights.round_weights(model)
-        model = convert_float_to_float16(model, keep_io_types=True, disable_shape_infer=True)
+        _half_weights.store(model)
         files = _onnx.save(model, path)
     else:
         files = _onnx.save(onnx.load(str(graph.path)), path)

@@ -108,7 +108,9 @@ def export(graph: Graph, recipe: Recipe, ranges: Optional[Ranges], directory: Pa
     flatbuffer, notes = graph.path.read_bytes(), ()  # type: Tuple[bytes, Tuple[str, ...]]
     _tflm_model.check_interface(_tflite._read(flatbuffer))
     if recipe.precision != "fp32":
-        flatbuffer, notes = _tflite_quantize.quantize(graph.path, recipe.precision, ranges, options)
+        flatbuffer, notes = _tflite_quantize.quantize(
+            graph.path, recipe.precision, ranges, options, hybrid=False
+        )
     flatbuffer, permutations, more = _tflite_io.with_interface(
         flatbuffer, recipe.precision, own, "tflite_micro"
     )

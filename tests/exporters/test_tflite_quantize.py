@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import torch
 from ai_edge_litert import schema_py_generated as schema
 from ai_edge_litert.interpreter import Interpreter, OpResolverType
 from onnx import numpy_helper
@@ -366,3 +368,81 @@ def test_a_kept_operator_takes_no_other_along_whose_name_ends_like_its_own(
     assert notes == ("left in float32 as asked (keep_float): b",)
     path.write_bytes(flatbuffer)
     assert _tflite.census(path).float_nodes == ("b",)
+
+
+# transformers
+
+
+class Block(torch.nn.Module):
+    """A normalization, attention of one head, and a residual sum in which one channel is a thousand times larger."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = torch.nn.LayerNorm(16)
+        self.up, self.down = torch.nn.Linear(16, 32), torch.nn.Linear(32, 16)
+        self.down.bias.data[3] = 1000.0
+        self.last = torch.nn.LayerNorm(16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        n = self.norm(x)
+        attention = torch.softmax(n @ n.transpose(1, 2), dim=-1) @ n
+        y: torch.Tensor = self.last(x + self.down(torch.tanh(self.up(attention))))
+        return y[:, :, 4:] * 100  # all but the large channel
+
+
+@pytest.fixture(scope="module")
+def block(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import litert_torch
+
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("block") / "model.tflite"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of its own deprecated types
+        litert_torch.convert(Block().eval(), (torch.randn(1, 6, 16),)).export(str(path))
+    return path
+
+
+def test_of_a_transformer_products_are_quantized_and_no_sums(block: Path) -> None:
+    inputs = [{"args_0": np.random.default_rng(i).standard_normal((1, 6, 16)).astype("f4")} for i in range(8)]
+    ranges = tflite_ranges(block, inputs)
+    quantized, notes = _tflite_quantize.quantize(block, "int8", ranges)
+    model = _tflite._read(quantized)
+    kinds = {
+        int(model.subgraphs[0].tensors[op.outputs[0]].type): kind
+        for op, kind in _tflite.operators(model)
+        if kind in ("ADD", "MUL", "RSQRT")
+    }
+    assert set(kinds) == {schema.TensorType.FLOAT32}
+    path = block.with_name("int8.tflite")
+    path.write_bytes(quantized)
+    found = _tflite.census(path)
+    assert found.integer_macs == found.macs
+    assert (
+        len(
+            [
+                n
+                for n in notes
+                if n.startswith("products with a sum in float after them quantize at run time: ")
+            ]
+        )
+        == 1
+    )
+    wanted = [run(block.read_bytes(), i)["output_0"] for i in inputs]
+    assert sqnr_db(wanted, [run(quantized, i)["output_0"] for i in inputs]) > 25
+
+
+def test_where_no_operator_quantizes_at_run_time_those_products_stay_in_float(block: Path) -> None:
+    inputs = [{"args_0": np.random.default_rng(i).standard_normal((1, 6, 16)).astype("f4")} for i in range(8)]
+    quantized, _ = _tflite_quantize.quantize(block, "int8", tflite_ranges(block, inputs), hybrid=False)
+    path = block.with_name("micro.tflite")
+    path.write_bytes(quantized)
+    found = _tflite.census(path)
+    assert found.integer_macs and found.macs and 0 < found.integer_macs < found.macs
+    model = _tflite._read(quantized)
+    tensors = model.subgraphs[0].tensors
+    mixed = [
+        kind
+        for op, kind in _tflite.operators(model)
+        if kind == "FULLY_CONNECTED" and tensors[op.inputs[0]].type != tensors[op.inputs[1]].type
+    ]
+    assert mixed == []
