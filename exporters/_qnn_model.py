@@ -137,11 +137,13 @@ def read_encodings(path: Path) -> Tuple[Dict[str, Encoding], Dict[str, Encoding]
         offset = -int(np.ravel(zeros)[0]) - (2 ** (bits - 1) if signed else 0)
         return bits, signed and not zeros.any(), [float(s) for s in np.ravel(scales)], offset
 
+    inner = {f"{v.name}_QuantizeLinear_Input": v.name for v in graph.output}  # so the quantizer renames outputs
     for node in graph.node:
         if node.op_type == "QuantizeLinear":
             found = encoding(node)
             if found is not None:
-                (parameters if node.input[0] in constants else activations)[node.input[0]] = found
+                name = inner.get(node.input[0], node.input[0])
+                (parameters if name in constants else activations)[name] = found
         elif node.op_type == "DequantizeLinear" and node.input[0] in constants:
             found = encoding(node)
             if found is not None:
