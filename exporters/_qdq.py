@@ -111,9 +111,9 @@ def quantize(
 
     options: "weights" ("channel" or "tensor"), "weight_symmetric", "bias_correction", "keep_float" (patterns): see
     ``Recipe``. activation: the QuantType of activations. settings: the quantizer's extra options for the float model, a
-    backend's own exceptions among them ("TensorQuantOverrides"). Return the names of the files written, and notes: which nodes stayed in floating point and why.
-    Raises CellFailed where *ranges* lacks a tensor, UnsupportedError for control flow and for weights that ONNX Runtime
-    does not compute with.
+    backend's own exceptions among them ("TensorQuantOverrides"). Return the names of the files written, and notes:
+    which nodes stayed in floating point and why. Raises CellFailed where *ranges* lacks a tensor, UnsupportedError
+    for control flow and for weights that ONNX Runtime does not compute with.
     """
     import numpy as np
     import onnx

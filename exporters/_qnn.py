@@ -119,7 +119,9 @@ def devices() -> Sequence[Any]:
         ort.register_execution_provider_library(PROVIDER, str(onnxruntime_qnn.get_library_path()))
         found = [d for d in ort.get_ep_devices() if d.ep_name == PROVIDER]
     if not found:
-        raise CellFailed("QNN's execution provider shows no device", "pip install 'portcall[qnn]' --force-reinstall")
+        raise CellFailed(
+            "QNN's execution provider shows no device", "pip install 'portcall[qnn]' --force-reinstall"
+        )
     return found[:1]
 
 
@@ -184,10 +186,13 @@ def read_context(wrapper: Path, architecture: str, seconds: float) -> Context:
         file = wrapper.parent / name
         if Path(name).name != name or not file.is_file() or not file.stat().st_size:
             raise CellFailed(
-                f"{wrapper.name} names the context {name!r}, which is not there", "See the log; is the disk full?"
+                f"{wrapper.name} names the context {name!r}, which is not there",
+                "See the log; is the disk full?",
             )
     if not contexts or not binaries:
-        raise CellFailed(f"{wrapper.name} wraps no context binary", "See the log for what QNN says of the graph")
+        raise CellFailed(
+            f"{wrapper.name} wraps no context binary", "See the log for what QNN says of the graph"
+        )
     inputs, outputs = {v.name for v in graph.input}, {v.name for v in graph.output}
     boundary, outside = [], []
     for node in graph.node:
@@ -199,5 +204,13 @@ def read_context(wrapper: Path, architecture: str, seconds: float) -> Context:
     sdk = attribute(contexts[0], "ep_sdk_version", b"").decode()
     size = sum((wrapper.parent / name).stat().st_size for name in binaries)
     return Context(
-        architecture, wrapper.name, binaries, size, seconds, sdk, len(contexts), tuple(outside), tuple(boundary)
+        architecture,
+        wrapper.name,
+        binaries,
+        size,
+        seconds,
+        sdk,
+        len(contexts),
+        tuple(outside),
+        tuple(boundary),
     )

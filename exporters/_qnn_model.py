@@ -76,7 +76,12 @@ def write_model(
     assert ranges is not None
     activation = ACTIVATIONS[recipe.precision]
     return _qdq.quantize(
-        graph, ranges, path, recipe.options, activation, lambda model, scheme: settings(model, scheme, activation)
+        graph,
+        ranges,
+        path,
+        recipe.options,
+        activation,
+        lambda model, scheme: settings(model, scheme, activation),
     )
 
 
@@ -137,7 +142,9 @@ def read_encodings(path: Path) -> Tuple[Dict[str, Encoding], Dict[str, Encoding]
         offset = -int(np.ravel(zeros)[0]) - (2 ** (bits - 1) if signed else 0)
         return bits, signed and not zeros.any(), [float(s) for s in np.ravel(scales)], offset
 
-    inner = {f"{v.name}_QuantizeLinear_Input": v.name for v in graph.output}  # so the quantizer renames outputs
+    inner = {
+        f"{v.name}_QuantizeLinear_Input": v.name for v in graph.output
+    }  # so the quantizer renames outputs
     for node in graph.node:
         if node.op_type == "QuantizeLinear":
             found = encoding(node)

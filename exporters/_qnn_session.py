@@ -9,12 +9,16 @@ from portcall.exporters.onnxruntime import OnnxRuntimeSession
 
 
 class EmulatedSession(OnnxRuntimeSession):
-    """The graph as the HTP of one architecture computes it, emulated: for parity, never for a latency."""
+    """A context binary as the HTP of its architecture computes it, emulated: for parity, never for a latency.
+
+    The emulation rounds as the architecture of the context does, whatever the provider's options name.
+    """
 
     def __init__(self, path: Path, threads: int, architecture: str) -> None:
         self._architecture = architecture
         super().__init__(path, threads)
         self.environment["arithmetic"] = f"x86 emulation of HTP v{architecture}"
+        self.environment["context"] = path.name
 
     def _open(self, path: Path, options: Any) -> Any:
         from portcall.exporters import _qnn

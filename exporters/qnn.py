@@ -41,7 +41,9 @@ ARM64 = ("aarch64", "arm64")
 def probe(role: str) -> Union[Available, Unavailable]:
     """Tell whether contexts can be built here, or run: the first needs an x86-64 host, the second the processor."""
     modules = ["onnxruntime_qnn", "onnxruntime"]
-    found = probe_modules("qnn", [*modules, "onnx"] if role == "export" else modules, distribution=DISTRIBUTION)
+    found = probe_modules(
+        "qnn", [*modules, "onnx"] if role == "export" else modules, distribution=DISTRIBUTION
+    )
     if isinstance(found, Unavailable):
         return found
     on_device = platform.machine().lower() in ARM64
@@ -173,7 +175,7 @@ def load(artifact: Artifact, workload: Workload) -> Iterator[Session]:
         yield _qnn_session.DeviceSession(artifact.path, workload.threads)
         return
     errors: Dict[str, str] = {}
-    for context in json.loads(path.read_text())["contexts"]:
+    for context in _contexts(artifact):
         try:
             session = _qnn_session.DeviceSession(artifact.directory / context["wrapper"], workload.threads)
         except CellFailed as error:
@@ -188,19 +190,33 @@ def load(artifact: Artifact, workload: Workload) -> Iterator[Session]:
     )
 
 
+def _contexts(artifact: Artifact) -> List[Dict[str, Any]]:
+    found: List[Dict[str, Any]] = json.loads((artifact.directory / CONTEXTS).read_text())["contexts"]
+    return found
+
+
 @contextmanager
 def interpret(artifact: Artifact, workload: Workload) -> Iterator[Session]:
-    """Run model.onnx in QNN's x86 emulation of the HTP; on the CPU where the recipe asks for ``parity=cpu``."""
+    """Run the first context binary in QNN's x86 emulation of the HTP; every other one has to load as well.
+
+    Where the recipe asks for ``parity=cpu``, run model.onnx on the CPU instead.
+    """
     from portcall.exporters import _qnn_session
     from portcall.exporters.onnxruntime import OnnxRuntimeSession
 
     if artifact.options.get("parity") == "cpu":
         session: Session = OnnxRuntimeSession(artifact.path, workload.threads)
         session.environment["arithmetic"] = "ONNX Runtime on the CPU, not QNN"
-    else:
-        chosen = _architectures(artifact.options, artifact.precision)[0]
-        session = _qnn_session.EmulatedSession(artifact.path, workload.threads, chosen)
-    yield session
+        yield session
+        return
+    first, *others = _contexts(artifact)
+    for context in others:
+        _qnn_session.EmulatedSession(
+            artifact.directory / context["wrapper"], workload.threads, context["htp_arch"]
+        )
+    yield _qnn_session.EmulatedSession(
+        artifact.directory / first["wrapper"], workload.threads, first["htp_arch"]
+    )
 
 
 EXAMPLE = '''"""Run this artifact with ONNX Runtime and QNN alone: pip install onnxruntime-qnn numpy
@@ -222,11 +238,9 @@ onnxruntime.register_execution_provider_library(name, onnxruntime_qnn.get_librar
 devices = [d for d in onnxruntime.get_ep_devices() if d.ep_name == name][:1]
 on_device = platform.machine().lower() in ("aarch64", "arm64")
 found = None
-for path in sorted(here.glob("model_v*.onnx")) if on_device else [here / "@ENTRY@"]:
+for path in sorted(here.glob("model_v*.onnx")):
     options = onnxruntime.SessionOptions()
     provider = {"backend_path": onnxruntime_qnn.get_qnn_htp_path()}
-    if not on_device:
-        provider.update(htp_arch="73", soc_model="43", enable_htp_fp16_precision="1")
     options.add_provider_for_devices(devices, provider)
     try:
         found = onnxruntime.InferenceSession(str(path), options, enable_fallback=0)
@@ -249,12 +263,12 @@ BACKEND = Backend(
         precisions={
             "fp16": Precision("compute: float16 on the HTP (v69 and newer); model.onnx itself is float32"),
             "int8": Precision(
-                "Q/DQ: uint8 asymmetric activations, int8 weights (per channel, per tensor in MatMul); float16 beside it",
+                "Q/DQ: uint8 asymmetric activations, int8 weights (per tensor in MatMul, else per channel), rest float16",
                 calibrated=True,
                 integer=True,
             ),
             "int16x8": Precision(
-                "Q/DQ: uint16 asymmetric activations, int8 weights (per channel, per tensor in MatMul)",
+                "Q/DQ: uint16 asymmetric activations, int8 weights (per channel; per tensor in MatMul)",
                 calibrated=True,
                 bits=16,
                 integer=True,
@@ -262,7 +276,9 @@ BACKEND = Backend(
         },
         host="Snapdragon",
         options={
-            "htp_arch": Option("HTP architectures to build a context for: 68, 69, 73, 75, 79, 81 (default: 73,75)"),
+            "htp_arch": Option(
+                "HTP architectures to build a context for: 68, 69, 73, 75, 79, 81 (default: 73,75)"
+            ),
             "parity": Option(
                 "what checks the export here: QNN's x86 emulation (default), or the CPU, which is faster",
                 choices=("emulated", "cpu"),
