@@ -86,12 +86,12 @@ def sqnr_db(reference: Array, found: Array) -> float:
 # contexts and parity
 
 
-def export_all(networks: list[str], output: Path) -> list[dict[str, Any]]:
+def export_all(networks: list[str], precisions: list[str], output: Path) -> list[dict[str, Any]]:
     """Export the networks; print contexts and parity; return one record per artifact."""
     records, contexts, parities = [], [], []
     for network in networks:
         model, data = NETWORKS[network]
-        cells = [f"qnn:{p}" for p in PRECISIONS]
+        cells = [f"qnn:{p}" for p in precisions]
         for result in portcall.api.export(model, cells, output / network, data=data)["results"]:
             if result["outcome"] != "artifact":
                 raise SystemExit(f"{network} {result['precision']}: {result['reason']}")
@@ -200,7 +200,7 @@ def cases() -> Iterator[tuple[str, onnx.ModelProto, float]]:
     """Yield a name, a graph of one operator, and the step of its output."""
     same, half = (1, 16, 32, 32), (1, 16, 16, 16)
     wide, pads = (0.0002, 0.002), [1] * 4
-    pool = {"kernel_shape": [2, 2], "strides": [2, 2]}
+    pool: Any = {"kernel_shape": [2, 2], "strides": [2, 2]}
     out = (1, 32, 32, 32)
     yield "Conv 3x3, one scale", operator("Conv", (32, 16, 3, 3), output=out, pads=pads), 0.05
     yield "Conv 3x3, scale per channel", operator("Conv", (32, 16, 3, 3), 1, out, wide, pads=pads), 0.05
@@ -315,6 +315,7 @@ def explain_networks(records: list[dict[str, Any]], limit: int = 4) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
     parser.add_argument("--explain", action="store_true", help="compare the emulation with exact arithmetic")
     parser.add_argument("-o", "--output", type=Path, help="keep the artifacts and figures.json here")
     options = parser.parse_args(arguments)
@@ -331,7 +332,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
     with tempfile.TemporaryDirectory() as folder:
         output = options.output or Path(folder)
-        records = export_all(networks, output) if networks else []
+        records = export_all(networks, options.precisions, output) if networks else []
         if options.explain:
             for architecture in ("69", "73"):
                 explain_operators(architecture)

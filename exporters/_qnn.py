@@ -194,7 +194,8 @@ def read_context(wrapper: Path, architecture: str, seconds: float) -> Context:
             f"{wrapper.name} wraps no context binary", "See the log for what QNN says of the graph"
         )
     inputs, outputs = {v.name for v in graph.input}, {v.name for v in graph.output}
-    boundary, outside = [], []
+    boundary: List[str] = []
+    outside: List[str] = []
     for node in graph.node:
         if node.op_type == "EPContext":
             continue

@@ -69,10 +69,12 @@ def write_model(
     """Write a graph of fixed shapes as the ONNX file of a precision; return the names of its files, and notes."""
     import onnx
 
-    from portcall.exporters import _onnx, _qdq
+    from portcall.exporters import _half_weights, _onnx, _qdq
 
     if recipe.precision == "fp16":
-        return _onnx.save(onnx.load(str(graph.path)), path), ()
+        model = onnx.load(str(graph.path))
+        _half_weights.round_weights(model)
+        return _onnx.save(model, path), ()
     assert ranges is not None
     activation = ACTIVATIONS[recipe.precision]
     return _qdq.quantize(

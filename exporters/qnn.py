@@ -263,7 +263,7 @@ BACKEND = Backend(
         precisions={
             "fp16": Precision("compute: float16 on the HTP (v69 and newer); model.onnx itself is float32"),
             "int8": Precision(
-                "Q/DQ: uint8 asymmetric activations, int8 weights (per tensor in MatMul, else per channel), rest float16",
+                "Q/DQ: uint8 asymmetric activations, int8 weights (per tensor in MatMul, else channel), rest float16",
                 calibrated=True,
                 integer=True,
             ),

@@ -189,7 +189,7 @@ def test_a_wrapper_without_its_binary_is_refused(tmp_path: Path) -> None:
 
 def test_only_quantization_at_the_edge_counts_as_boundary(tmp_path: Path) -> None:
     (tmp_path / "c.bin").write_bytes(b"1")
-    scale = {"s": np.asarray(1, np.float32), "z": np.asarray(0, np.uint8)}
+    scale: dict[str, Array] = {"s": np.asarray(1, np.float32), "z": np.asarray(0, np.uint8)}
     nodes = [
         helper.make_node("QuantizeLinear", ["x", "s", "z"], ["a"], "at the edge"),
         helper.make_node(
@@ -285,7 +285,7 @@ def test_the_context_binary_is_what_parity_runs(
 def test_contexts_round_as_their_architecture_does(graph: Graph, tmp_path: Path) -> None:
     """v69 and v73 requantize differently, v73 and v75 alike: each context is compiled for what was asked."""
     found = qnn.export(graph, Recipe("int8", options={"htp_arch": "69,73,75"}), ranges_of(graph), tmp_path)
-    outputs = {}
+    outputs: dict[str, list[Array]] = {}
     for name in ("69", "73", "75"):
         session = _qnn_session.EmulatedSession(tmp_path / f"model_v{name}.onnx", 1, name)
         outputs[name] = []
