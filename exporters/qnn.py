@@ -7,8 +7,6 @@ with its ONNX wrapper, compiled on the host, ``contexts.json``, which tells what
 from __future__ import annotations
 
 import json
-import platform
-import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple, Union
@@ -40,6 +38,8 @@ ARM64 = ("aarch64", "arm64")
 
 def probe(role: str) -> Union[Available, Unavailable]:
     """Tell whether contexts can be built here, or run: the first needs an x86-64 host, the second the processor."""
+    import platform
+
     modules = ["onnxruntime_qnn", "onnxruntime"]
     found = probe_modules(
         "qnn", [*modules, "onnx"] if role == "export" else modules, distribution=DISTRIBUTION
@@ -87,6 +87,8 @@ def export(graph: Graph, recipe: Recipe, ranges: Optional[Ranges], directory: Pa
 
     Raises BadInput for an unknown architecture, UnsupportedError where QNN takes nothing of the graph.
     """
+    import tempfile
+
     import onnx
     import onnxruntime as ort
 
