@@ -6,9 +6,24 @@ from pathlib import Path
 from typing import Any, Mapping
 
 from portcall.exporters.onnxruntime import OnnxRuntimeSession
+from portcall.targets.agent.errors import UnsupportedError
 
 
-class EmulatedSession(OnnxRuntimeSession):
+class FixedSession(OnnxRuntimeSession):
+    """model.onnx on ONNX Runtime's CPU, and what all sessions here share: inputs have one shape."""
+
+    def set_inputs(self, arrays: Mapping[str, Any]) -> None:
+        for spec in self.inputs:
+            if tuple(arrays[spec.name].shape) != spec.shape:
+                raise UnsupportedError(
+                    f"input {spec.name!r} has shape {tuple(arrays[spec.name].shape)}, this artifact only {spec.shape}",
+                    f"Give that shape, or export with --shape {spec.name}="
+                    + "x".join(map(str, arrays[spec.name].shape)),
+                )
+        super().set_inputs(arrays)
+
+
+class EmulatedSession(FixedSession):
     """A context binary as the HTP of its architecture computes it, emulated: for parity, never for a latency.
 
     The emulation rounds as the architecture of the context does, whatever the provider's options name.
@@ -26,7 +41,7 @@ class EmulatedSession(OnnxRuntimeSession):
         return _qnn.open_session(path, options, _qnn.provider_options(self._architecture))
 
 
-class DeviceSession(OnnxRuntimeSession):
+class DeviceSession(FixedSession):
     """A context binary, or a bare ONNX file, on the HTP of this device. Unproven: no such device was at hand."""
 
     def __init__(self, path: Path, threads: int) -> None:

@@ -155,7 +155,7 @@ def _shape_notes(graph: Graph) -> Tuple[str, ...]:
     if not dynamic:
         return ()
     fixed = ", ".join(f"{t.name}={'x'.join(map(str, shapes[t.name]))}" for t in dynamic)
-    return (f"QNN compiles for one shape, fixed at {fixed}; --shape gives another",)
+    return (f"QNN compiles for one shape, fixed at {fixed}; samples have that shape; --shape gives another",)
 
 
 def census(artifact: Artifact, shapes: Mapping[str, Tuple[int, ...]]) -> Census:
@@ -204,10 +204,9 @@ def interpret(artifact: Artifact, workload: Workload) -> Iterator[Session]:
     Where the recipe asks for ``parity=cpu``, run model.onnx on the CPU instead.
     """
     from portcall.exporters import _qnn_session
-    from portcall.exporters.onnxruntime import OnnxRuntimeSession
 
     if artifact.options.get("parity") == "cpu":
-        session: Session = OnnxRuntimeSession(artifact.path, workload.threads)
+        session = _qnn_session.FixedSession(artifact.path, workload.threads)
         session.environment["arithmetic"] = "ONNX Runtime on the CPU, not QNN"
         yield session
         return

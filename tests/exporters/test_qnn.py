@@ -282,6 +282,18 @@ def test_the_context_binary_is_what_parity_runs(
 
 
 @needs_qnn
+@pytest.mark.parametrize("parity", ["emulated", "cpu"])
+def test_other_shapes_are_refused_by_name(exported: tuple[Path, Exported], parity: str) -> None:
+    folder, found = exported
+    with qnn.interpret(artifact_of(folder, "int8", found, {"parity": parity}), Workload()) as session:
+        with pytest.raises(
+            UnsupportedError, match=r"input 'x' has shape \(2, 3, 8, 8\), this artifact only"
+        ) as caught:
+            session.set_inputs({"x": np.concatenate(samples(2))})
+        assert caught.value.fix.endswith("--shape x=2x3x8x8")
+
+
+@needs_qnn
 def test_contexts_round_as_their_architecture_does(graph: Graph, tmp_path: Path) -> None:
     """v69 and v73 requantize differently, v73 and v75 alike: each context is compiled for what was asked."""
     found = qnn.export(graph, Recipe("int8", options={"htp_arch": "69,73,75"}), ranges_of(graph), tmp_path)
