@@ -12,6 +12,9 @@ from portcall.targets.agent.errors import BadInput, UnsupportedError
 
 QNN_VERSIONS = ("0.6.1", "1.0.0")
 
+Encoding = Tuple[int, bool, List[float], int]
+"""Bits, symmetric, the scale of the tensor or of each channel, and the offset: minus the zero point of an unsigned."""
+
 
 def symmetric_scale(found: Range) -> float:
     """Return the scale of an int8 tensor with zero point 0: T / 127 as a float32, T the largest magnitude.
@@ -125,23 +128,30 @@ def qnn_encodings(
     Raises BadInput for other versions. Source: AIMET's "Encoding Format Specification", versions 0.6.1 and 1.0.0, and
     ``AffineEncoding`` in aimet_onnx, which writes both; "quantizer_args", AIMET's own settings, is left out.
     """
+    activations: Dict[str, Encoding] = {}
+    for name, found in ranges.items():
+        if found.is_beyond_int8():
+            continue
+        if found.symmetric:
+            activations[name] = (8, True, [symmetric_scale(found)], -128)
+        else:
+            scale, zero_point = asymmetric_scale(found)
+            activations[name] = (8, False, [scale], -zero_point)
+    parameters = {
+        name: (8, True, [float(s) for s in scales], -128) for name, (scales, _) in (weights or {}).items()
+    }
+    return write_encodings(activations, parameters, version)
+
+
+def write_encodings(
+    activations: Mapping[str, Encoding], parameters: Mapping[str, Encoding], version: str = "0.6.1"
+) -> Dict[str, Any]:
+    """Return the JSON of ``qnn_encodings`` for tensors whose scales are known. Raises BadInput for other versions."""
     if version not in QNN_VERSIONS:
         raise BadInput(
             f"no encodings version {version!r}; there are: {', '.join(QNN_VERSIONS)}",
             "0.6.1 is what every converter since 2022 reads",
         )
-    activations: Dict[str, Tuple[bool, List[float], int]] = {}
-    for name, found in ranges.items():
-        if found.is_beyond_int8():
-            continue
-        if found.symmetric:
-            activations[name] = (True, [symmetric_scale(found)], -128)
-        else:
-            scale, zero_point = asymmetric_scale(found)
-            activations[name] = (False, [scale], -zero_point)
-    parameters = {
-        name: (True, [float(s) for s in scales], -128) for name, (scales, _) in (weights or {}).items()
-    }
     write = _encodings_1_0_0 if version == "1.0.0" else _encodings_0_6_1
     return {
         "version": version,
@@ -150,34 +160,34 @@ def qnn_encodings(
     }
 
 
-def _encodings_0_6_1(tensors: Mapping[str, Tuple[bool, List[float], int]], per_channel: bool) -> Any:
+def _encodings_0_6_1(tensors: Mapping[str, Encoding], per_channel: bool) -> Any:
     return {
         name: [
             {
-                "bitwidth": 8,
+                "bitwidth": bits,
                 "dtype": "int",
                 "is_symmetric": str(symmetric),
                 "min": scale * offset,
-                "max": scale * (255 + offset),
+                "max": scale * (2**bits - 1 + offset),
                 "scale": scale,
                 "offset": offset,
             }
             for scale in scales
         ]
-        for name, (symmetric, scales, offset) in tensors.items()
+        for name, (bits, symmetric, scales, offset) in tensors.items()
     }
 
 
-def _encodings_1_0_0(tensors: Mapping[str, Tuple[bool, List[float], int]], per_channel: bool) -> Any:
+def _encodings_1_0_0(tensors: Mapping[str, Encoding], per_channel: bool) -> Any:
     return [
         {
             "name": name,
             "enc_type": "PER_CHANNEL" if per_channel else "PER_TENSOR",
             "dtype": "INT",
-            "bw": 8,
+            "bw": bits,
             "is_sym": symmetric,
             "scale": scales,
             "offset": [offset] * len(scales),
         }
-        for name, (symmetric, scales, offset) in tensors.items()
+        for name, (bits, symmetric, scales, offset) in tensors.items()
     ]

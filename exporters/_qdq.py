@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from portcall.targets.agent.contract import Graph, Ranges
 from portcall.targets.agent.errors import CellFailed, UnsupportedError
@@ -99,14 +100,20 @@ def weighted_inputs(path: Path) -> Dict[str, int]:
 
 
 def quantize(
-    graph: Graph, ranges: Ranges, path: Path, options: Optional[Mapping[str, Any]] = None
+    graph: Graph,
+    ranges: Ranges,
+    path: Path,
+    options: Optional[Mapping[str, Any]] = None,
+    activation: str = "QUInt8",
+    settings: Optional[Callable[[Any, Scheme], Mapping[str, Any]]] = None,
 ) -> Tuple[Tuple[str, ...], Tuple[str, ...]]:
     """Write *graph* with Q/DQ pairs: uint8 asymmetric activations, int8 weights (symmetric, per channel), int32 bias.
 
     options: "weights" ("channel" or "tensor"), "weight_symmetric", "bias_correction", "keep_float" (patterns): see
-    ``Recipe``. Return the names of the files written, and notes: which nodes stayed in floating point and why.
-    Raises CellFailed where *ranges* lacks a tensor, UnsupportedError for control flow and for weights that ONNX Runtime
-    does not compute with.
+    ``Recipe``. activation: the QuantType of activations. settings: the quantizer's extra options for the float model, a
+    backend's own exceptions among them ("TensorQuantOverrides"). Return the names of the files written, and notes:
+    which nodes stayed in floating point and why. Raises CellFailed where *ranges* lacks a tensor, UnsupportedError
+    for control flow and for weights that ONNX Runtime does not compute with.
     """
     import numpy as np
     import onnx
@@ -142,10 +149,13 @@ def quantize(
     kept = kept_in_float(model.graph, options)
     excluded = {*sentinels, *kept, *_left_alone(model.graph)}
     notes = float_notes(sentinels) + kept_notes(kept)
+    extra = dict(settings(model, scheme)) if settings else {}
     if options.get("bias_correction"):
+        whole = extra.get("TensorQuantOverrides", {})  # weights with one scale, whatever the others have
 
         def rebuild(node: Any, weight: Any) -> Optional[Any]:
-            return None if node.name in excluded else rounded(node, weight, scheme)
+            own = replace(scheme, per_channel=scheme.per_channel and node.input[1] not in whole)
+            return None if node.name in excluded else rounded(node, weight, own)
 
         notes += _correction.correct(model, ranges, weighted_inputs(graph.path), rebuild)
     model.graph.value_info.extend(_structure.tensor_types(model))
@@ -154,7 +164,7 @@ def quantize(
         per_channel=scheme.per_channel,
         reduce_range=False,
         weight_qType=QuantType.QInt8,
-        activation_qType=QuantType.QUInt8,
+        activation_qType=QuantType[activation],
         tensors_range=TensorsData(CalibrationMethod.MinMax, given),
         nodes_to_quantize=[],
         nodes_to_exclude=sorted(excluded),
@@ -163,6 +173,7 @@ def quantize(
             "ActivationSymmetric": False,
             "WeightSymmetric": scheme.symmetric,
             "OpTypesToExcludeOutputQuantization": list(FLOAT_OUTPUT) if _is_transformer(model.graph) else [],
+            **extra,
         },
     )
     quantizer.quantize_model()

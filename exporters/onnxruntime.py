@@ -93,7 +93,7 @@ class OnnxRuntimeSession(Session):
         spinning = threads > 1
         options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
         options.log_severity_level = 3
-        self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self._session = self._open(path, options)
         self._binding: Any = None
         self.inputs = tuple(_spec(v) for v in self._session.get_inputs())
         self.outputs = tuple(_spec(v) for v in self._session.get_outputs())
@@ -103,6 +103,11 @@ class OnnxRuntimeSession(Session):
             "threads": threads,
             "spinning": spinning,
         }
+
+    def _open(self, path: Path, options: Any) -> Any:
+        import onnxruntime as ort
+
+        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
     def set_inputs(self, arrays: Mapping[str, Any]) -> None:
         import onnxruntime as ort

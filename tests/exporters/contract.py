@@ -47,6 +47,7 @@ HEAVY = (
     "numpy",
     "onnx",
     "onnxruntime",
+    "onnxruntime_qnn",
     "openvino",
     "tensorflow",
     "tensorrt_rtx",
@@ -99,6 +100,12 @@ class Model:
     precisions: tuple[str, ...] | None
 
 
+def base_precision(backend: str) -> str:
+    """Return the float precision that a backend's tests start from: fp32, or its first where it has none."""
+    known = get_backend(backend).capabilities.precisions
+    return "fp32" if "fp32" in known else next(iter(known))
+
+
 class Exports:
     """Exports each model once, for all backends of this test session, when a test first asks for it."""
 
@@ -114,7 +121,7 @@ class Exports:
                 Cell(name, word)
                 for name in self._backends
                 for word in get_backend(name).capabilities.precisions
-                if wanted.precisions is None or word in wanted.precisions
+                if wanted.precisions is None or word in (*wanted.precisions, base_precision(name))
             ]
             answer = portcall.api.export(
                 wanted.spec, [str(c) for c in cells], self._folder / model, data=wanted.data
@@ -125,8 +132,9 @@ class Exports:
             pytest.skip(f"{backend} is unavailable here: {result['reason']}; fix: {result['fix']}")
         return result
 
-    def artifact(self, model: str, backend: str, precision: str = "fp32") -> Path:
-        """Return the folder of an artifact; fail with the reason where there is none."""
+    def artifact(self, model: str, backend: str, precision: str | None = None) -> Path:
+        """Return the folder of an artifact (None: of the float one); fail with the reason where there is none."""
+        precision = precision or base_precision(backend)
         result = self.result(model, backend, precision)
         assert result["outcome"] == "artifact", f"{model} {backend}:{precision}: {result['reason']}"
         return Path(result["path"])
@@ -217,6 +225,10 @@ class BackendContract:
     def backend(self) -> Backend:
         return get_backend(self.name)
 
+    @property
+    def base(self) -> str:
+        return base_precision(self.name)
+
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         if "precision" in metafunc.fixturenames:
             metafunc.parametrize("precision", list(self.backend.capabilities.precisions))
@@ -225,7 +237,7 @@ class BackendContract:
 
     @pytest.fixture
     def artifact(self, exports: Exports) -> Path:
-        """The fp32 artifact of this backend's first model."""
+        """The float artifact of this backend's first model."""
         return exports.artifact(self.models[0], self.name)
 
     # what is known without running anything
@@ -235,9 +247,9 @@ class BackendContract:
         assert module.__file__ is not None
         assert Path(module.__file__).stem == self.name == self.backend.name
         assert self.name in backend_names()
-        assert parse_cells([f"{self.name}:fp32"]) == [Cell(self.name, "fp32")]
+        assert parse_cells([f"{self.name}:{self.base}"]) == [Cell(self.name, self.base)]
         assert artifacts.read_manifest(artifact)["backend"] == self.name
-        assert artifact.name == f"{self.name}-fp32"
+        assert artifact.name == f"{self.name}-{self.base}"
 
     def test_precisions_are_known_words_with_a_meaning(self) -> None:
         for word, precision in self.backend.capabilities.precisions.items():
@@ -324,10 +336,10 @@ print(json.dumps(sorted(set(sys.modules) - before)))
 
     # export
 
-    def test_fp32_matches_the_source(self, exports: Exports, model: str) -> None:
-        parity = exports.result(model, self.name, "fp32")["parity"]
+    def test_float_matches_the_source(self, exports: Exports, model: str) -> None:
+        parity = exports.result(model, self.name, self.base)["parity"]
         assert parity["reference"] == "source" and parity["samples"] == "held-out" and parity["n"] >= 1
-        assert parity["worst_sqnr_db"] >= self.floors_db["fp32"]
+        assert parity["worst_sqnr_db"] >= self.floors_db[self.base]
         assert [o["name"] for o in parity["outputs"]] == list(INTERFACES[model][1])
 
     def test_every_precision_exports_and_verifies(self, exports: Exports, precision: str) -> None:
@@ -346,7 +358,7 @@ print(json.dumps(sorted(set(sys.modules) - before)))
     def test_counts_its_arithmetic(self, exports: Exports, precision: str) -> None:
         kind = self.backend.capabilities.precisions[precision]
         for model in self.models:
-            if model != self.models[0] and precision not in ("fp32", "int8"):
+            if model != self.models[0] and precision not in (self.base, "int8"):
                 continue
             found = exports.result(model, self.name, precision)["arithmetic"]
             assert found["method"] == self.census_method
@@ -357,7 +369,7 @@ print(json.dumps(sorted(set(sys.modules) - before)))
 
     def test_other_models_are_refused_by_name(self, exports: Exports, models: dict[str, Model]) -> None:
         for refused in self.refused_models:
-            result = exports.result(refused, self.name, "fp32")
+            result = exports.result(refused, self.name, self.base)
             assert result["outcome"] == "unsupported" and result["fix"] and result["path"] is None
             if models[refused].format not in self.backend.capabilities.source_formats:
                 taken = ", ".join(self.backend.capabilities.source_formats)
@@ -365,7 +377,7 @@ print(json.dumps(sorted(set(sys.modules) - before)))
                 assert result["reason"].endswith(f"it takes: {taken}")
 
     def test_keeps_names_dtypes_and_layout(self, exports: Exports, model: str) -> None:
-        for precision in ("fp32", "int8"):
+        for precision in (self.base, "int8"):
             if precision not in self.backend.capabilities.precisions:
                 continue
             manifest = artifacts.read_manifest(exports.artifact(model, self.name, precision))

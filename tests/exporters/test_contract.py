@@ -116,6 +116,16 @@ class TestCoreMl(BackendContract):
     interpreted = True
 
 
+class TestQnn(BackendContract):
+    name = "qnn"
+    runtime = ("onnxruntime_qnn", "onnxruntime")
+    export_needs = ("onnxruntime_qnn", "onnxruntime", "onnx")
+    floors_db: ClassVar = {"fp16": 50.0, "int8": 18.0, "int16x8": 18.0}
+    census_method = "Q/DQ and integer operators of the ONNX graph"
+    dynamic = False
+    interpreted = True
+
+
 def test_every_backend_has_a_contract_class() -> None:
     assert {c.name for c in BackendContract.__subclasses__()} == set(backend_names())
 
