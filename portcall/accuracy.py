@@ -1,0 +1,248 @@
+"""Is the artifact as good as its source? Scores both on the same samples, and says how sure that is.
+
+The parent's side: it starts the scoring workers, turns paired scores into the ``eval`` object of the JSON contract, and
+judges it against ``--max-drop``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from portcall.bench.paired import (
+    exact_mcnemar,
+    mean_interval,
+    samples_for,
+    score_interval,
+    wilson_interval,
+)
+from portcall.bench.report import accuracy_text
+from portcall.core import BadInput, Source, VerificationFailed
+from portcall.workspace import Workspace
+
+TOP1 = "top1"
+POINT = 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class Accuracy:
+    """What is measured on --eval: top-1, or ``package.module:callable``; and the largest drop that may be.
+
+    max_drop: percentage points for top-1, units of the metric for a function; None: not judged.
+    """
+
+    metric: str | None = None
+    max_drop: float | None = None
+
+    def check(self) -> None:
+        """Raise BadInput for a metric or a budget that cannot be meant."""
+        if self.metric is not None and ":" not in self.metric:
+            raise BadInput(
+                f"--metric {self.metric!r} is no package.module:callable",
+                "Leave it out for top-1, or name a function of (outputs, label) that returns a number",
+            )
+        if self.max_drop is not None and not (math.isfinite(self.max_drop) and self.max_drop >= 0):
+            raise BadInput(
+                f"--max-drop {self.max_drop} is no number from 0 up",
+                "Give percentage points for top-1 (0.5), or units of the metric",
+            )
+
+    def check_labels(self, samples: str, labels: bool) -> str | None:
+        """Raise BadInput where nothing can be measured on such samples; return a warning where the user may expect it.
+
+        samples: "eval", "held-out", "example" or "synthetic".
+        """
+        if samples in ("example", "synthetic"):
+            option = "--max-drop" if self.metric is None else "--metric"
+            if self.metric is not None or self.max_drop is not None:
+                raise BadInput(f"{option} needs samples to measure on", "Give --eval DATA with labels")
+            return None
+        if labels or self.metric is not None:
+            return None
+        if self.max_drop is not None:
+            raise BadInput(
+                f"--max-drop needs labels, and the {samples} samples have none",
+                "Add an array named labels to DATA, one integer per sample, or name a --metric that needs none",
+            )
+        if samples == "eval":
+            return "--eval has no labels: parity is measured, accuracy is not; add an array named labels"
+        return None
+
+
+class BudgetExceeded(VerificationFailed):
+    """An artifact is provably worse than its source by more than --max-drop."""
+
+    def __init__(
+        self, message: str, fix: str, evaluation: Mapping[str, Any], parity: Mapping[str, Any]
+    ) -> None:
+        super().__init__(message, fix)
+        self.evaluation = evaluation
+        self.parity = parity
+
+
+class Scored:
+    """Evaluation samples on which the source was scored: each artifact is compared with it by ``evaluate``."""
+
+    def __init__(self, work: Workspace, source: Source, accuracy: Accuracy, folder: Path) -> None:
+        """Score the source, unless there are neither labels nor a metric. Raises BadInput where that cannot be done."""
+        self._work, self._accuracy, self._folder = work, accuracy, folder
+        self._order = [t.name for t in source.outputs]
+        index = json.loads((folder / "index.json").read_text())
+        self.measured = index["labelled"] or accuracy.metric is not None
+        self._reference: np.ndarray | None = None
+        self.warnings: list[str] = []
+        if self.measured:
+            self._reference, classes = self._score(None)
+            if classes is not None:
+                self.warnings = baseline_warnings(self._reference, classes)
+
+    def place(self) -> str | None:
+        """Return a new folder for an artifact's outputs, or None where nothing is scored."""
+        if not self.measured:
+            return None
+        place = self._folder.parent / "outputs"
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir()
+        return str(place)
+
+    def evaluate(self, place: str | None) -> dict[str, Any] | None:
+        """Return the ``eval`` object for the outputs that an artifact left in *place*, which is removed."""
+        if place is None or self._reference is None:
+            return None
+        try:
+            values, _ = self._score(place)
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
+        return compare(self._reference, values, self._accuracy)
+
+    def _score(self, place: str | None) -> tuple[np.ndarray, dict[str, Any] | None]:
+        path = self._folder / "scores.npy"
+        job = {
+            "samples": str(self._folder),
+            "outputs": place,
+            "order": self._order,
+            "metric": self._accuracy.metric,
+            "scores": str(path),
+        }
+        found = self._work.call("portcall.scoring:score", job, "score")
+        return np.load(path), found["classes"]
+
+
+def compare(reference: np.ndarray, value: np.ndarray, accuracy: Accuracy) -> dict[str, Any]:
+    """Return the ``eval`` object: both means, their paired difference with its 95 % interval, and the verdict.
+
+    reference, value: float64[n >= 1], scores of source and artifact on the same samples. "difference" and "ci95" are in
+    units of the metric (fractions for top-1); "smallest_drop" and "max_drop" in points for top-1.
+    """
+    n = reference.size
+    unit = POINT if accuracy.metric is None else 1.0
+    differences = value - reference
+    worse, better = int((differences < 0).sum()), int((differences > 0).sum())
+    binary = bool(np.isin(reference, (0, 1)).all() and np.isin(value, (0, 1)).all())
+    if binary:
+        interval, p_value = score_interval(worse, better, n), exact_mcnemar(worse, better)
+    else:
+        spread = float(max(reference.max(), value.max()) - min(reference.min(), value.min()))
+        interval, p_value = mean_interval(differences, spread), None
+    half = None if interval is None else (interval[1] - interval[0]) / 2
+    found: dict[str, Any] = {
+        "metric": accuracy.metric or TOP1,
+        "n": n,
+        "reference": float(reference.mean()),
+        "value": float(value.mean()),
+        "difference": float(differences.mean()),
+        "ci95": None if interval is None else list(interval),
+        "method": "mcnemar" if binary else "paired t",
+        "p_value": p_value,
+        "discordant": [worse, better],
+        "smallest_drop": None if half is None else half / unit,
+        "max_drop": accuracy.max_drop,
+        "verdict": None,
+    }
+    if accuracy.max_drop is not None:
+        found["verdict"] = judge(interval, accuracy.max_drop * unit)
+    found["warnings"] = _size_warnings(found, half, unit, accuracy.metric is None)
+    return found
+
+
+def judge(interval: Sequence[float] | None, budget: float) -> str:
+    """Return "within", "exceeded" or "inconclusive": where the interval of value - reference lies against -budget."""
+    if interval is None:
+        return "inconclusive"
+    if interval[1] < -budget:
+        return "exceeded"
+    return "within" if interval[0] >= -budget else "inconclusive"
+
+
+def _size_warnings(found: Mapping[str, Any], half: float | None, unit: float, points: bool) -> list[str]:
+    """Say where n is too small to tell a drop of one point, or to judge the budget."""
+    n, budget = found["n"], found["max_drop"]
+    if half is None:
+        return [f"n={n}: no interval; give more samples"]
+    if found["verdict"] == "inconclusive":
+        gap = abs(found["difference"] + budget * unit)
+        drop = f"{budget:g} {'points' if points else 'units'}"
+        more = samples_for(n, half, gap) if gap > half / 100 else None
+        how = "the drop is too near the budget" if more is None else f"about {more} samples would do"
+        return [f"n={n} cannot tell whether the drop exceeds {drop}: {how}"]
+    if points and half > POINT:
+        return [
+            f"n={n} is too small to tell a one-point drop (interval +-{100 * half:.1f} points): "
+            f"about {samples_for(n, half, POINT)} samples would do"
+        ]
+    return []
+
+
+def check_budget(found: Mapping[str, Any] | None, parity: Mapping[str, Any]) -> None:
+    """Raise BudgetExceeded where the interval lies wholly beyond --max-drop."""
+    if found is None or found["verdict"] != "exceeded":
+        return
+    raise BudgetExceeded(
+        f"the drop exceeds --max-drop {found['max_drop']:g}: {accuracy_text(found)}, n={found['n']}",
+        "Keep the worst layers in float (--keep-float), use another --method or precision, or raise --max-drop",
+        found,
+        parity,
+    )
+
+
+BASELINE_CAUSES = (
+    "check preprocessing, the order of labels and of channels, and that --eval belongs to this model"
+)
+
+
+def baseline_warnings(correct: np.ndarray, classes: Mapping[str, Any]) -> list[str]:
+    """Return warnings where the source's own top-1 says that --eval does not fit it.
+
+    correct: 0 or 1 per sample. classes: see ``scoring``. The source is near chance where Wilson's 95 % interval of its
+    accuracy reaches 1/classes, or what always answering the commonest label would score.
+    """
+    n, right = correct.size, int(correct.sum())
+    share = f"the source itself scores {right / n:.1%} on --eval (n={n})"
+    if classes["lowest"] < 0 or classes["highest"] >= classes["classes"]:
+        return [
+            f"labels run from {classes['lowest']} to {classes['highest']}, and the output has {classes['classes']} "
+            f"classes (0 to {classes['classes'] - 1}): {share}; do labels count from 1?"
+        ]
+    low, _ = wilson_interval(right, n)
+    constant = classes["majority_n"] / n
+    if low > max(1 / classes["classes"], constant if classes["seen"] > 1 else 0):
+        return []
+    if n < 2 * classes["seen"] and low > 1 / classes["classes"]:
+        return []  # so few samples per class that one of them is the commonest by chance
+    for step, count in classes["shifted"].items():
+        if count > right and wilson_interval(count, n)[0] > max(0.5, right / n):
+            return [f"{share}, but {count / n:.1%} if every label were {step}: labels are off by one"]
+    relabelled = classes["relabelled"] / n
+    if n >= 10 * classes["seen"] and relabelled > 0.6 and relabelled > constant + 0.2:
+        return [f"{share}, but {relabelled:.1%} with classes in another order: check the order of labels"]
+    chance = f"1 of {classes['classes']} classes by chance is {1 / classes['classes']:.1%}"
+    if constant > 1 / classes["classes"] and classes["seen"] > 1:
+        chance += f", always answering {classes['majority']} {constant:.1%}"
+    return [f"{share}, near chance ({chance}): {BASELINE_CAUSES}"]
