@@ -49,7 +49,7 @@ def _tango(gained: int, lost: int, n: int, delta: float) -> float:
     distance = gained - lost - n * delta
     if variance <= 0:
         return 0.0 if distance == 0 else math.copysign(math.inf, distance)
-    return distance / math.sqrt(variance)
+    return float(distance / math.sqrt(variance))
 
 
 def _bisect(function: Callable[[float], float], low: float, high: float) -> float:
@@ -70,7 +70,7 @@ def exact_mcnemar(source_only: int, artifact_only: int) -> float:
     for k in range(1, fewer + 1):
         term = term * (total - k + 1) // k
         tail += term
-    return min(1.0, 2 * tail / 2**total)
+    return float(min(1.0, 2 * tail / 2**total))
 
 
 def mean_interval(differences: np.ndarray, spread: float, level: float = 0.95) -> Interval | None:
@@ -105,11 +105,18 @@ def wilson_interval(successes: int, n: int, z: float = _Z95) -> Interval:
     return max(0.0, center - half), min(1.0, center + half)
 
 
-def samples_for(n: int, half_width: float, wanted: float) -> int:
-    """Return about how many samples would give an interval of half width *wanted*: it falls with sqrt(n).
+def samples_for(
+    n: int, interval_at: Callable[[int], Interval], decided: Callable[[Interval], bool]
+) -> int | None:
+    """Return about how many samples would decide, if the outcomes stay as they are; None above 10 million.
 
-    Rounded up to two significant digits.
+    n: samples now. interval_at: the interval for so many. decided: whether it is narrow enough. Rounded up to two
+    significant digits.
     """
-    needed = n * (half_width / wanted) ** 2
-    unit = 10 ** max(0, math.floor(math.log10(needed)) - 1)
+    needed = n
+    while not decided(interval_at(needed)):
+        if needed > 10_000_000:
+            return None
+        needed = math.ceil(1.05 * needed)
+    unit = int(10 ** max(0, math.floor(math.log10(needed)) - 1))
     return math.ceil(needed / unit) * unit

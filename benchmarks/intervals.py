@@ -1,8 +1,9 @@
 """Coverage of the paired intervals of ``--eval``: ``python -m benchmarks.intervals``.
 
 Right or wrong outcomes: exact, by summing the multinomial probability of every count of discordant samples whose
-interval holds the true difference; for the interval in use (Tango's score), beside Wald's and Bonett and Price's. Real-valued metrics: simulated with a fixed seed; Student's t with one made-up pair (in use), plain t, and
-percentile bootstrap. ``--quick`` leaves out n = 1000 and runs fewer simulations; ``--json`` prints the rows.
+interval holds the true difference; for the interval in use (Tango's score), beside Wald's and Bonett and Price's.
+Real-valued metrics: simulated with a fixed seed; Student's t with one made-up pair (in use), plain t, and percentile
+bootstrap. ``--quick`` leaves out n = 1000 and runs fewer simulations; ``--json`` prints the rows.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from portcall.bench.paired import (
+    Interval,
     exact_mcnemar,
     mean_interval,
     samples_for,
@@ -146,13 +147,23 @@ def compare(reference: np.ndarray, value: np.ndarray, accuracy: Accuracy) -> dic
     differences = value - reference
     worse, better = int((differences < 0).sum()), int((differences > 0).sum())
     binary = bool(np.isin(reference, (0, 1)).all() and np.isin(value, (0, 1)).all())
+    interval: Interval | None
     if binary:
-        interval, p_value = score_interval(worse, better, n), exact_mcnemar(worse, better)
+        interval = score_interval(worse, better, n)
     else:
         spread = float(max(reference.max(), value.max()) - min(reference.min(), value.min()))
-        interval, p_value = mean_interval(differences, spread), None
-    half = None if interval is None else (interval[1] - interval[0]) / 2
-    found: dict[str, Any] = {
+        interval = mean_interval(differences, spread)
+    budget = None if accuracy.max_drop is None else accuracy.max_drop * unit
+
+    def interval_at(size: int) -> Interval:
+        """Return what the interval would be with *size* samples of the same kind."""
+        if binary:
+            return score_interval(round(worse * size / n), round(better * size / n), size)
+        assert interval is not None
+        middle, half = sum(interval) / 2, (interval[1] - interval[0]) / 2 * math.sqrt(n / size)
+        return middle - half, middle + half
+
+    return {
         "metric": accuracy.metric or TOP1,
         "n": n,
         "reference": float(reference.mean()),
@@ -160,16 +171,13 @@ def compare(reference: np.ndarray, value: np.ndarray, accuracy: Accuracy) -> dic
         "difference": float(differences.mean()),
         "ci95": None if interval is None else list(interval),
         "method": "mcnemar" if binary else "paired t",
-        "p_value": p_value,
+        "p_value": exact_mcnemar(worse, better) if binary else None,
         "discordant": [worse, better],
-        "smallest_drop": None if half is None else half / unit,
+        "smallest_drop": None if interval is None else (interval[1] - interval[0]) / 2 / unit,
         "max_drop": accuracy.max_drop,
-        "verdict": None,
+        "verdict": None if budget is None else judge(interval, budget),
+        "warnings": _size_warnings(n, interval, interval_at, budget, accuracy),
     }
-    if accuracy.max_drop is not None:
-        found["verdict"] = judge(interval, accuracy.max_drop * unit)
-    found["warnings"] = _size_warnings(found, half, unit, accuracy.metric is None)
-    return found
 
 
 def judge(interval: Sequence[float] | None, budget: float) -> str:
@@ -181,21 +189,27 @@ def judge(interval: Sequence[float] | None, budget: float) -> str:
     return "within" if interval[0] >= -budget else "inconclusive"
 
 
-def _size_warnings(found: Mapping[str, Any], half: float | None, unit: float, points: bool) -> list[str]:
-    """Say where n is too small to tell a drop of one point, or to judge the budget."""
-    n, budget = found["n"], found["max_drop"]
-    if half is None:
+def _size_warnings(
+    n: int,
+    interval: Interval | None,
+    interval_at: Callable[[int], Interval],
+    budget: float | None,
+    accuracy: Accuracy,
+) -> list[str]:
+    """Say where n is too small to judge the budget, or to tell a drop of one point from none."""
+    if interval is None:
         return [f"n={n}: no interval; give more samples"]
-    if found["verdict"] == "inconclusive":
-        gap = abs(found["difference"] + budget * unit)
-        drop = f"{budget:g} {'points' if points else 'units'}"
-        more = samples_for(n, half, gap) if gap > half / 100 else None
-        how = "the drop is too near the budget" if more is None else f"about {more} samples would do"
-        return [f"n={n} cannot tell whether the drop exceeds {drop}: {how}"]
-    if points and half > POINT:
+    if budget is not None and judge(interval, budget) == "inconclusive":
+        more = samples_for(n, interval_at, lambda i: judge(i, budget) != "inconclusive")
+        how = "the drop is too near it" if more is None else f"about {more} samples would do"
+        limit = f"{accuracy.max_drop:g} {'points' if accuracy.metric is None else 'units'}"
+        return [f"n={n} cannot tell whether the drop exceeds {limit}: {how}"]
+    half = (interval[1] - interval[0]) / 2
+    if budget is None and accuracy.metric is None and half > POINT:
+        more = samples_for(n, interval_at, lambda i: i[1] - i[0] <= 2 * POINT)
         return [
             f"n={n} is too small to tell a one-point drop (interval +-{100 * half:.1f} points): "
-            f"about {samples_for(n, half, POINT)} samples would do"
+            f"about {more} samples would do"
         ]
     return []
 

@@ -171,7 +171,8 @@ def verify(arguments: Mapping[str, Any], progress: Progress) -> Dict[str, Any]:
             if number < arguments["head"]:
                 head.append(_sqnr_db(reference, outputs))
             if arguments["outputs"] is not None:
-                np.savez(os.path.join(arguments["outputs"], f"{number:06d}.npz"), **outputs)
+                kept: Dict[str, Any] = dict(outputs)
+                np.savez(os.path.join(arguments["outputs"], f"{number:06d}.npz"), **kept)
             progress(number + 1, index["n"])
         environment = session.environment
     return {
