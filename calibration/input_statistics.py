@@ -43,8 +43,9 @@ CONTRAST = 3.0
 CONTRAST_LEAST = 0.1
 """Least difference between first and last channel, in standard deviations, that tells their order."""
 
-STEPS = 1.5
-"""Ratio of the steps from row to row to those from column to column beyond which the layout differs."""
+INTERLEAVED = 0.2
+"""Logarithm of the step to the next value against that to the next but as many as there are channels, beyond which the
+channels lie side by side: about -0.5 in photographs stored channel by channel, 2 stored pixel by pixel."""
 
 QUANTILES = (0.0, 0.1, 0.5, 0.9, 1.0)
 
@@ -110,12 +111,11 @@ def _figures(array: Array) -> dict[str, Any]:
     }
     if values.ndim == 4:
         last = values.shape[-1] <= MAX_CHANNELS < values.shape[1]
-        down, across = (1, 2) if last else (2, 3)
         channel = 3 if last else 1
-        many = 2 <= values.shape[channel] <= MAX_CHANNELS  # with a single one nothing can be mixed up
-        if many and min(values.shape[down], values.shape[across]) >= 8:
-            # Mean size of the step to the next row against that to the next column, as a logarithm.
-            steps = [float(np.abs(np.diff(values, axis=a)).mean()) for a in (down, across)]
+        many = values.shape[channel]
+        if 2 <= many <= MAX_CHANNELS and values[0].size >= 256:
+            flat = values[0].ravel()  # as stored
+            steps = [float(np.abs(flat[lag:] - flat[:-lag]).mean()) for lag in (1, many)]
             if min(steps) > 0:
                 row["steps"] = math.log(steps[0] / steps[1])
         if 3 <= values.shape[channel] <= MAX_CHANNELS:
@@ -230,15 +230,16 @@ def _distribution(first: Mapping[str, Any], second: Mapping[str, Any], names: tu
 
 
 def _neighbours(first: Mapping[str, Any], second: Mapping[str, Any], names: tuple[str, str]) -> str | None:
-    """Images whose values were reshaped, not transposed: steps downwards and across are no longer alike."""
+    """Images whose values were reshaped, not transposed: colours of one pixel lie side by side, or no longer do."""
     a, b = first["steps"], second["steps"]
     if min(first["n"], second["n"]) < ENOUGH or not a or not b:
         return None
-    if abs(a[2] - b[2]) > max(math.log(STEPS), 4 * _noise(a, first["n"]), 4 * _noise(b, second["n"])):
+    low, high = sorted((a[2], b[2]))
+    if low < 0 < INTERLEAVED < high and high - low > 4 * max(_noise(a, first["n"]), _noise(b, second["n"])):
+        label, other = names if a[2] > b[2] else names[::-1]
         return (
-            f"from row to row values differ {math.exp(a[2]):.2g} times as much as from column to column in "
-            f"{names[0]} and {math.exp(b[2]):.2g} times in {names[1]}: check the layout (NCHW or NHWC: transpose, "
-            "do not reshape)"
+            f"channels alternate from value to value in {label}, and not in {other}: "
+            "check the layout (NCHW or NHWC: transpose, do not reshape)"
         )
     return None
 
