@@ -226,6 +226,12 @@ def check_budget(found: Mapping[str, Any] | None, parity: Mapping[str, Any]) -> 
     )
 
 
+ENOUGH = 10
+"""Samples below which nothing is said about the source's own accuracy."""
+
+ENOUGH_FOR_SHARES = 30
+"""Samples below which the commonest label's share is not compared with it."""
+
 BASELINE_CAUSES = (
     "check preprocessing, the order of labels and of channels, and that --eval belongs to this model"
 )
@@ -244,19 +250,19 @@ def baseline_warnings(correct: np.ndarray, classes: Mapping[str, Any]) -> list[s
             f"labels run from {classes['lowest']} to {classes['highest']}, and the output has {classes['classes']} "
             f"classes (0 to {classes['classes'] - 1}): {share}; do labels count from 1?"
         ]
-    low, _ = wilson_interval(right, n)
     constant = classes["majority_n"] / n
-    if low > max(1 / classes["classes"], constant if classes["seen"] > 1 else 0):
+    # Of few samples one class is the commonest by chance; with one class alone always answering it is right.
+    usable = n >= ENOUGH_FOR_SHARES and classes["seen"] > 1
+    chance = max(1 / classes["classes"], constant if usable else 0)
+    if n < ENOUGH or wilson_interval(right, n)[0] > chance:
         return []
-    if n < 2 * classes["seen"] and low > 1 / classes["classes"]:
-        return []  # so few samples per class that one of them is the commonest by chance
     for step, count in classes["shifted"].items():
         if count > right and wilson_interval(count, n)[0] > max(0.5, right / n):
             return [f"{share}, but {count / n:.1%} if every label were {step}: labels are off by one"]
     relabelled = classes["relabelled"] / n
     if n >= 10 * classes["seen"] and relabelled > 0.6 and relabelled > constant + 0.2:
         return [f"{share}, but {relabelled:.1%} with classes in another order: check the order of labels"]
-    chance = f"1 of {classes['classes']} classes by chance is {1 / classes['classes']:.1%}"
-    if constant > 1 / classes["classes"] and classes["seen"] > 1:
-        chance += f", always answering {classes['majority']} {constant:.1%}"
-    return [f"{share}, near chance ({chance}): {BASELINE_CAUSES}"]
+    guess = f"1 of {classes['classes']} classes by chance is {1 / classes['classes']:.1%}"
+    if usable:
+        guess += f", always answering {classes['majority']} {constant:.1%}"
+    return [f"{share}, near chance ({guess}): {BASELINE_CAUSES}"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -87,7 +88,7 @@ def test_token_ids_masks_and_positions_are_alike() -> None:
         assert differences(first, second) == differences(second, first) == []
 
 
-PLANTED = {
+PLANTED: dict[str, tuple[Callable[[Array], Array], str]] = {
     "scaled by 255": (lambda x: x * 255, "scaling"),
     "scaled by 1/255": (lambda x: x / 255, "scaling"),
     "-1 to 1": (lambda x: 2 * x - 1, "normalization"),
