@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 
-KEPT = 4096
+KEPT = 512
 """Samples whose figures are kept; beyond, every second one is dropped, again and again."""
 
 MAX_CHANNELS = 4
@@ -98,15 +98,25 @@ def _quantiles(values: Sequence[float]) -> list[float]:
     return [float(q) for q in np.quantile(np.asarray(values, np.float64), QUANTILES)]
 
 
+def _all_whole(values: Array) -> bool:
+    return bool(np.all(values == np.rint(values)))
+
+
 def _figures(array: Array) -> dict[str, Any]:
     values = np.asarray(array, dtype=np.float64)
-    std = float(values.std())
+    flat = values.ravel()
+    low, high, mean = float(array.min()), float(array.max()), float(flat.mean())
+    std = (
+        0.0
+        if low == high
+        else math.sqrt(max(0.0, float(np.einsum("i,i->", flat, flat)) / flat.size - mean * mean))
+    )
     row: dict[str, Any] = {
-        "low": float(values.min()),
-        "high": float(values.max()),
-        "mean": float(values.mean()),
+        "low": low,
+        "high": high,
+        "mean": mean,
         "std": std,
-        "whole": array.dtype.kind != "f" or bool(np.all(values == np.rint(values))),
+        "whole": array.dtype.kind != "f" or (_all_whole(flat[:256]) and _all_whole(flat)),
         "shape": list(array.shape[1:]),
     }
     if values.ndim == 4:
@@ -114,7 +124,6 @@ def _figures(array: Array) -> dict[str, Any]:
         channel = 3 if last else 1
         many = values.shape[channel]
         if 2 <= many <= MAX_CHANNELS and values[0].size >= 256:
-            flat = values[0].ravel()  # as stored
             steps = [float(np.abs(flat[lag:] - flat[:-lag]).mean()) for lag in (1, many)]
             if min(steps) > 0:
                 row["steps"] = math.log(steps[0] / steps[1])
