@@ -36,12 +36,12 @@ def export_table(results: Sequence[Mapping[str, Any]]) -> str:
         "agree %",
         "n",
         "int MACs %",
-        "top-1 %",
+        "accuracy [95 % CI]",
         "note",
     ]
     rows = []
     for r in results:
-        parity, top1 = r.get("parity"), r.get("eval")
+        parity, accuracy = r.get("parity"), r.get("eval")
         arithmetic = r.get("arithmetic") or {}
         rows.append(
             [
@@ -54,7 +54,7 @@ def export_table(results: Sequence[Mapping[str, Any]]) -> str:
                 _percent(parity and parity["agreement"]),
                 str(parity["n"]) if parity else ABSENT,
                 _percent(arithmetic.get("integer_macs_share"), 0),
-                f"{top1['value']:.1%} of {top1['reference']:.1%}" if top1 else ABSENT,
+                _accuracy(accuracy) if accuracy else ABSENT,
                 _note(r),
             ]
         )
@@ -147,6 +147,24 @@ def doctor_table(answer: Mapping[str, Any], options: bool = False) -> str:
     fix = f"; fix: {calibration['fix']}" if calibration["fix"] else ""
     parts.append(f"calibration counts with the kernel: {calibration['kernel']}{fix}")
     return "\n\n".join(parts)
+
+
+def accuracy_text(found: Mapping[str, Any]) -> str:
+    """``top1 97.8 -> 97.5 (-0.3 [-0.9, +0.2])``, top-1 in percent, another metric in its own units."""
+    is_top1 = found["metric"] == "top1"
+    scale, digits = (100, 1) if is_top1 else (1, 4)
+    name = str(found["metric"]).rpartition(":")[2]
+    text = f"{name} {scale * found['reference']:.{digits}f} -> {scale * found['value']:.{digits}f}"
+    interval = found.get("ci95")
+    if interval is not None:
+        low, high = (f"{scale * x:+.{digits}f}" for x in interval)
+        text += f" ({scale * found['difference']:+.{digits}f} [{low}, {high}])"
+    return text
+
+
+def _accuracy(found: Mapping[str, Any]) -> str:
+    text = accuracy_text(found)
+    return text if found["verdict"] in (None, "within") else f"{text} {found['verdict']}"
 
 
 def _note(result: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from portcall.calibration._rows import LABELS, Array, Row, check_names
+from portcall.calibration._rows import LABELS, Array, Label, Row, check_names, label_of
 from portcall.targets.agent.contract import TensorSpec
 from portcall.targets.agent.errors import BadInput
 from portcall.user_code import load_callable
@@ -97,13 +97,7 @@ class CallableReader:
             )
         return array
 
-    def _label(self, where: str, value: object) -> int | None:
+    def _label(self, where: str, value: object) -> Label | None:
         if value is None:
             return None
-        array = self._array(where, LABELS, value)
-        if array.dtype.kind not in "iu" or array.size != 1:
-            raise BadInput(
-                f"the label of {where} of {self._spec} is {array.dtype}{list(array.shape)}, not one integer",
-                "Yield the index of the sample's class",
-            )
-        return int(array.item())
+        return label_of(self._array(f"{where} of {self._spec}", LABELS, value))

@@ -10,7 +10,16 @@ from pathlib import Path
 import numpy as np
 from numpy.lib import format as npy
 
-from portcall.calibration._rows import LABELS, Array, Row, check_labels, check_names, listed
+from portcall.calibration._rows import (
+    LABELS,
+    Array,
+    Label,
+    Row,
+    check_labels,
+    check_names,
+    label_of,
+    listed,
+)
 from portcall.calibration.preprocess import (
     PREPROCESSINGS,
     get_preprocessing,
@@ -31,7 +40,7 @@ class FolderReader:
 
     root: Path
     files: Mapping[str, Sequence[Path]]
-    labels: Sequence[int] | None
+    labels: Sequence[Label] | None
     load: Callable[[Path], Array]
 
     def count(self) -> int:
@@ -167,13 +176,13 @@ def _class_labels(root: Path, files: Sequence[Path]) -> list[int] | None:
     return [index[f.parts[0]] for f in files]
 
 
-def _read_labels(root: Path, count: int) -> list[int] | None:
+def _read_labels(root: Path, count: int) -> Sequence[Label] | None:
     path = root / _LABELS_FILE
     if not path.is_file():
         return None
     labels = _load_npy(path)
     check_labels(str(path), labels.shape, labels.dtype, count)
-    return [int(n) for n in labels]
+    return [label_of(np.asarray(row)) for row in labels]
 
 
 def _load_npy(path: Path) -> Array:

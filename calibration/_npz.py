@@ -17,7 +17,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.lib import format as npy
 
-from portcall.calibration._rows import LABELS, Array, Row, check_labels, check_names
+from portcall.calibration._rows import LABELS, Array, Row, check_labels, check_names, label_of
 from portcall.targets.agent.contract import TensorSpec
 from portcall.targets.agent.errors import BadInput
 
@@ -91,7 +91,7 @@ class NpzReader:
                 raise _corrupt(self._path, "", e) from e
             for index in range(start, stop):
                 arrays = {m.key: self._row(m, s) for m, s in zip(members, streams, strict=True)}
-                label = int(arrays.pop(LABELS)) if self._labels else None
+                label = label_of(arrays.pop(LABELS)) if self._labels else None
                 yield Row(arrays, label, f"sample {index}")
 
     def _row(self, member: _Member, stream: IO[bytes]) -> Array:

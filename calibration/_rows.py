@@ -14,9 +14,11 @@ from portcall.targets.agent.contract import TensorSpec
 from portcall.targets.agent.errors import BadInput
 
 Array = npt.NDArray[Any]
+Label = int | float | Array
+"""What a sample is compared with: the index of a class, a number, or an array for the user's own metric."""
 
 LABELS = "labels"
-"""The key, or the stem of the file, that holds class labels."""
+"""The key, or the stem of the file, that holds labels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +29,7 @@ class Row:
     """
 
     arrays: dict[str, Array]
-    label: int | None
+    label: Label | None
     where: str
 
 
@@ -41,7 +43,7 @@ class Reader(Protocol):
         """Return the number of rows."""
 
     def labelled(self) -> bool:
-        """Return whether rows carry class labels."""
+        """Return whether rows carry labels."""
 
 
 def listed(names: Collection[str], limit: int = 10) -> str:
@@ -74,14 +76,37 @@ def check_names(spec: str, inputs: Sequence[TensorSpec], keys: Collection[str]) 
 
 
 def check_labels(spec: str, shape: tuple[int, ...], dtype: np.dtype[Any], count: int) -> None:
-    """Raise BadInput unless an array of *shape* and *dtype* holds one integer for each of *count* samples."""
-    if dtype.kind not in "iu":
-        raise BadInput(
-            f"labels in {spec} are {dtype}, not integers",
-            "Store the index of each sample's class as an integer",
-        )
-    if shape != (count,):
+    """Raise BadInput unless an array of *shape* and *dtype* holds a number or an array for each of *count* samples."""
+    if dtype.kind not in "biuf":
+        raise BadInput(f"labels in {spec} are {dtype}, not numbers", "Store numbers")
+    if shape[:1] != (count,):
         raise BadInput(
             f"labels in {spec} have shape {list(shape)}, but the data has {count} samples",
             f"Store one class index per sample: an integer array of shape [{count}]",
         )
+
+
+def label_of(array: Array) -> Label:
+    """Return a sample's label as Python's number where it is a single one."""
+    return (
+        int(array) if array.ndim == 0 and array.dtype.kind in "biu" else array if array.ndim else float(array)
+    )
+
+
+def class_indices(label: Label, where: str) -> Array:
+    """Return a label as class indices, int64[rows]: one, or one per row of the sample's batch.
+
+    Raises BadInput where it is not made of integers: top-1 cannot be measured with it.
+    """
+    indices = np.asarray(label)
+    if indices.dtype.kind not in "iu" or (indices.ndim > 1 and indices.size != len(indices)):
+        what = (
+            f"{indices.dtype}, not integers"
+            if indices.dtype.kind not in "iu"
+            else f"of shape {indices.shape}"
+        )
+        raise BadInput(
+            f"labels are {what} ({where}): top-1 needs the index of each sample's class",
+            "Store one integer per sample as labels, or name a function: --metric package.module:callable",
+        )
+    return indices.reshape(-1).astype(np.int64)

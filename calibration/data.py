@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +20,8 @@ from portcall.calibration._callable import CallableReader
 from portcall.calibration._fit import fit_rows, fixed_batch, group_size, input_dtype
 from portcall.calibration._folder import open_folder
 from portcall.calibration._npz import NpzReader
-from portcall.calibration._rows import LABELS, Reader, Row
+from portcall.calibration._rows import LABELS, Label, Reader, Row, class_indices
+from portcall.calibration.input_statistics import InputStatistics
 from portcall.targets.agent.contract import TensorSpec
 from portcall.targets.agent.errors import BadInput
 
@@ -39,14 +41,14 @@ class Sample:
 
     index: int
     inputs: dict[str, np.ndarray]
-    label: int | None
+    label: Label | None
 
 
 class Data:
     """Samples that fit a model's inputs; may be iterated several times, in constant memory.
 
     Where the model's batch is fixed at b > 1 and stored samples have no batch axis of b, b consecutive ones
-    make one Sample, which has no label, and a short tail is dropped.
+    make one Sample, whose label is theirs in one array, and a short tail is dropped.
     """
 
     def __init__(
@@ -67,7 +69,7 @@ class Data:
         for row in self._reader.rows(self._start * group, stop):
             rows.append(row)
             if len(rows) == group:
-                yield Sample(index, fit_rows(self._inputs, rows), row.label if group == 1 else None)
+                yield Sample(index, fit_rows(self._inputs, rows), _joined(rows))
                 index += 1
                 rows = []
         if index == 0 and self._stop is None:
@@ -82,8 +84,15 @@ class Data:
         return max((total if self._stop is None else min(self._stop, total)) - self._start, 0)
 
     def has_labels(self) -> bool:
-        """Return whether samples carry a class label. A callable is started to see its first sample."""
-        return self._reader.labelled() and self._group_size() == 1
+        """Return whether samples carry a label. A callable is started to see its first sample."""
+        return self._reader.labelled()
+
+    def check_classes(self) -> None:
+        """Raise BadInput where the first sample's label is no class index: an integer."""
+        for row in self._reader.rows(self._start * self._group_size(), None):
+            if row.label is not None:
+                class_indices(row.label, f"{row.where} of {self.spec}")
+            return
 
     def with_slice(self, start: int, stop: int | None) -> Data:
         """Return a view of samples [start, stop), counted within this view; it may turn out to be empty."""
@@ -122,6 +131,21 @@ class Data:
             f"{self.spec} holds {found} samples, and the model takes {group} at once",
             f"Give at least {group}, or export the model with a dynamic batch",
         )
+
+
+def _joined(rows: Sequence[Row]) -> Label | None:
+    """Return the label of a sample made of *rows*: that of a single one as it is, those of several as one array."""
+    labels = [r.label for r in rows if r.label is not None]
+    if len(rows) == 1 or len(labels) < len(rows):
+        return rows[0].label if len(rows) == 1 else None
+    shapes = {np.shape(label) for label in labels}
+    if len(shapes) > 1:
+        raise BadInput(
+            f"{rows[0].where} to {rows[-1].where} make one batch but their labels have different shapes: "
+            + ", ".join(str(list(s)) for s in sorted(shapes)),
+            "Pad them to one shape, or export the model with a dynamic batch",
+        )
+    return np.stack([np.asarray(label) for label in labels])
 
 
 def open_data(spec: str, inputs: Sequence[TensorSpec], *, preprocess: str | None = None) -> Data:
@@ -174,6 +198,8 @@ class Survey:
     n: int
     first: dict[str, list[int]]
     largest: dict[str, list[int]]
+    statistics: dict[str, dict[str, Any] | None]
+    """By input: see ``input_statistics``."""
 
 
 def survey(data: Data) -> Survey:
@@ -186,6 +212,7 @@ def survey(data: Data) -> Survey:
     count = most = 0
     first: dict[str, list[int]] = {}
     largest: dict[str, list[int]] = {}
+    statistics: dict[str, InputStatistics] = {}
     for sample in data:
         shapes = {name: list(array.shape) for name, array in sample.inputs.items()}
         size = sum(array.size for array in sample.inputs.values())
@@ -194,9 +221,10 @@ def survey(data: Data) -> Survey:
             most, largest = size, shapes
         for name in sorted(sample.inputs):
             array = sample.inputs[name]
+            statistics.setdefault(name, InputStatistics()).add(array)
             array = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<")).reshape(array.shape)
             header = json.dumps([name, array.dtype.str, list(array.shape)]).encode()
             digest.update(len(header).to_bytes(8, "little") + header)
             digest.update(array.reshape(-1).view(np.uint8).data)
         count += 1
-    return Survey(digest.hexdigest(), count, first, largest)
+    return Survey(digest.hexdigest(), count, first, largest, {k: s.summary() for k, s in statistics.items()})

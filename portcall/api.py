@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from portcall import artifact as artifacts
+from portcall.accuracy import Accuracy
 from portcall.bench.run import run_bench
 from portcall.calibrating import (
     MEMORY_BYTES,
@@ -64,6 +65,8 @@ def export(
     options: Mapping[str, Any] | None = None,
     preprocess: str | None = None,
     shapes: Shapes | None = None,
+    metric: str | None = None,
+    max_drop: float | None = None,
     timeout_s: float = TIMEOUT_S,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
@@ -71,7 +74,8 @@ def export(
 
     keep_float: layers left in float, by name, glob or "type:OPERATOR". weights: what shares a scale ("channel",
     "tensor", "group32", ...). bias_correction, equalize: see the documentation of calibration. options: of single
-    backends, {"BACKEND.NAME": value}: see theirs.
+    backends, {"BACKEND.NAME": value}: see theirs. metric: "package.module:callable" instead of top-1. max_drop: in
+    percentage points of top-1 or units of the metric; an artifact that provably loses more is a failed cell.
     Returns {"schema", "results": [...]}; a cell that could not be exported holds its reason and fix. Raises
     BadInput where nothing could be run at all.
     """
@@ -89,6 +93,7 @@ def export(
         backend_options=backend_options(options or {}, cells),
         equalize=equalize,
         shapes=dict(shapes or {}),
+        accuracy=Accuracy(metric, max_drop),
     )
     with open_workspace(reporter or Reporter(False), timeout_s) as work:
         answer = {"schema": SCHEMA, "results": run_export(work, plan), "warnings": work.reporter.warnings}
@@ -103,15 +108,18 @@ def verify(
     *,
     evaluation: str | Path | None = None,
     preprocess: str | None = None,
+    metric: str | None = None,
+    max_drop: float | None = None,
     timeout_s: float = TIMEOUT_S,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
     """Check an artifact: every file's hash, and its outputs against the source's on its own samples.
 
-    With *evaluation* the source model is run on that DATA and compared. Returns {"schema", "results": [one]}.
+    With *evaluation* the source model is run on that DATA and compared; metric, max_drop: as in ``export``.
+    Returns {"schema", "results": [one]}.
     """
     with open_workspace(reporter or Reporter(False), timeout_s) as work:
-        result = run_verify(work, Path(artifact), _data(evaluation, preprocess))
+        result = run_verify(work, Path(artifact), _data(evaluation, preprocess), Accuracy(metric, max_drop))
         return {"schema": SCHEMA, "results": [result], "warnings": work.reporter.warnings}
 
 

@@ -37,8 +37,8 @@ def build_parser() -> argparse.ArgumentParser:
   portcall export model.onnx --to onnxruntime:fp32,int8,openvino:int8 --data calibration.npz -o out
   portcall bench out/onnxruntime-fp32 out/onnxruntime-int8
 
-exit codes: 0 all done; 1 an artifact failed verification; 2 bad input, nothing run; 4 a cell failed or is
-unavailable; 130 interrupted""",
+exit codes: 0 all done; 1 an artifact failed verification; 2 bad input, nothing run; 3 too few samples for
+--max-drop; 4 a cell failed or is unavailable; 130 interrupted""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"portcall {__version__}")
@@ -217,6 +217,7 @@ def _export(commands: Any) -> None:
         metavar="DATA",
         help="data that parity is measured on; with labels, top-1 too",
     )
+    _accuracy_options(parser)
     parser.add_argument(
         "-o", "--output", required=True, metavar="DIR", help="new or empty folder for the artifacts"
     )
@@ -224,6 +225,22 @@ def _export(commands: Any) -> None:
         "--allow-unavailable", action="store_true", help="exit 0 although a backend is not installed here"
     )
     _model_options(parser)
+
+
+def _accuracy_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--metric",
+        metavar="MODULE:CALLABLE",
+        help="your function of (outputs, label) instead of top-1: one number per sample, higher is better; "
+        "runs code, in a worker",
+    )
+    parser.add_argument(
+        "--max-drop",
+        type=_drop,
+        metavar="POINTS",
+        help="fail what provably loses more against the source, in percentage points of top-1 or units of --metric; "
+        "exit 3 where the samples cannot tell",
+    )
 
 
 def _recipe_options(parser: argparse.ArgumentParser) -> None:
@@ -272,6 +289,7 @@ def _verify(commands: Any) -> None:
     parser.add_argument(
         "--eval", dest="evaluation", metavar="DATA", help="run the source model too, on this data"
     )
+    _accuracy_options(parser)
     parser.add_argument("--preprocess", metavar="NAME", help="named preprocessing for a folder of images")
 
 
@@ -320,6 +338,16 @@ def _seconds(text: str) -> float:
         value = float("nan")
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of seconds")
+    return value
+
+
+def _drop(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 up, such as 0.5")
     return value
 
 

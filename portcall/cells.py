@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import portcall
 from portcall import artifact as artifacts
+from portcall.accuracy import Accuracy, BudgetExceeded, Scored, check_budget
 from portcall.calibrating import CalibrationOptions, observe
 from portcall.calibration.table import CalibrationTable, DataRecord, Section, table_sha256
 from portcall.core import (
@@ -55,6 +56,7 @@ class ExportPlan:
     backend_options: BackendOptions = field(default_factory=dict)
     equalize: bool = False
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    accuracy: Accuracy = field(default_factory=Accuracy)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,9 @@ class Samples:
     folder: Path
     packed: Path
     packed_n: int
+    scored: Scored
+    notes: Sequence[str] = ()
+    """Warnings about these samples, for every manifest."""
 
 
 class Cells:
@@ -137,6 +142,9 @@ class Cells:
                 }
             )
             verified = self._verify(artifact, samples)
+            for sentence in (verified["eval"] or {}).get("warnings", ()):
+                self._work.reporter.warn(f"{cell}: {sentence}")
+            check_budget(verified["eval"], verified["parity"])
             census = self._census(artifact, cell)
             manifest = self._manifest(cell, recipe, graph, section, exported, verified, census, samples)
             manifest["seconds"] = round(time.perf_counter() - start, 3)
@@ -221,9 +229,11 @@ class Cells:
         return now
 
     def _verify(self, artifact: Artifact, samples: Samples) -> dict[str, Any]:
+        outputs = samples.scored.place()
         job = {
             "artifact": artifact.to_json(),
             "samples": str(samples.folder),
+            "outputs": outputs,
             "head": samples.packed_n,
             "threads": self._work.threads,
             "interpret": self._work.must_interpret(self._backends[artifact.backend]),
@@ -232,7 +242,7 @@ class Cells:
         found: dict[str, Any] = self._work.call(
             "portcall.targets.agent.jobs:verify", job, label, artifact.backend
         )
-        return found
+        return {**found, "eval": samples.scored.evaluate(outputs)}
 
     def _census(self, artifact: Artifact, cell: Cell) -> dict[str, Any]:
         job = {
@@ -284,7 +294,7 @@ class Cells:
             "calibration": calibration,
             "versions": exported["versions"],
             "min_runtime": exported["min_runtime"],
-            "notes": exported["notes"],
+            "notes": [*exported["notes"], *samples.notes, *(verified["eval"] or {}).get("warnings", ())],
             "arithmetic": census,
             "parity": verified["parity"],
             "eval": verified["eval"],
@@ -355,6 +365,6 @@ def failed_cell(cell: Cell, error: PortcallError, seconds: float) -> dict[str, A
         "size_bytes": None,
         "seconds": round(seconds, 3),
         "peak_rss_bytes": None,
-        "parity": None,
-        "eval": None,
+        "parity": error.parity if isinstance(error, BudgetExceeded) else None,
+        "eval": error.evaluation if isinstance(error, BudgetExceeded) else None,
     }

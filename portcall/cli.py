@@ -14,7 +14,7 @@ from typing import Any
 
 from portcall.arguments import Usage, build_parser
 
-OK, FAILED_VERIFICATION, BAD_INPUT, CELL_FAILED, INTERRUPTED = 0, 1, 2, 4, 130
+OK, FAILED_VERIFICATION, BAD_INPUT, INCONCLUSIVE, CELL_FAILED, INTERRUPTED = 0, 1, 2, 3, 4, 130
 PORTCALL_SCHEMA = 1
 INTERRUPTED_TEXT = "interrupted; nothing half-written was left behind"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -112,6 +112,8 @@ def _run_export(options: argparse.Namespace) -> tuple[dict[str, Any], str, int]:
         options=dict(options.options),
         preprocess=options.preprocess,
         shapes=dict(options.shape),
+        metric=options.metric,
+        max_drop=options.max_drop,
         timeout_s=options.timeout,
         reporter=Reporter(True),
     )
@@ -127,6 +129,8 @@ def _run_verify(options: argparse.Namespace) -> tuple[dict[str, Any], str, int]:
         options.artifact,
         evaluation=options.evaluation,
         preprocess=options.preprocess,
+        metric=options.metric,
+        max_drop=options.max_drop,
         timeout_s=options.timeout,
         reporter=Reporter(True),
     )
@@ -177,11 +181,14 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], tuple[dict[str, Any], str, in
 
 
 def _code(results: Sequence[dict[str, Any]], allow_unavailable: bool) -> int:
-    """Return the exit code of a matrix: 0 if every cell ended in an artifact or a measurement."""
+    """Return the exit code of a matrix: 0 if every cell ended in an artifact or a measurement. Precedence 1, 4, 3."""
     if any(r["error_kind"] == "verification" for r in results):
         return FAILED_VERIFICATION
     good = {"artifact", "measurement"} | ({"unavailable"} if allow_unavailable else set())
-    return OK if all(r["outcome"] in good for r in results) else CELL_FAILED
+    if not all(r["outcome"] in good for r in results):
+        return CELL_FAILED
+    undecided = any((r.get("eval") or {}).get("verdict") == "inconclusive" for r in results)
+    return INCONCLUSIVE if undecided else OK
 
 
 def _print(text: str) -> None:

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from portcall import artifact as artifacts
+from portcall.accuracy import Accuracy, Scored
+from portcall.calibration.input_statistics import compare
 from portcall.calibration.methods import check_method
 from portcall.calibration.table import CalibrationTable, DataRecord
 from portcall.cells import Cells, ExportPlan, Samples, failed_cell
@@ -38,6 +40,7 @@ def run_export(work: Workspace, plan: ExportPlan) -> list[dict[str, Any]]:
             f"Run: portcall export {plan.model} --to {calibrated[0]} --data DATA -o DIR",
         )
     check_method(plan.method)
+    plan.accuracy.check()
     table = None if plan.table is None else CalibrationTable.load(plan.table)
     if table is not None and not table.sections:
         raise BadInput(f"{plan.table} holds no section", "Calibrate again")
@@ -60,7 +63,7 @@ def run_export(work: Workspace, plan: ExportPlan) -> list[dict[str, Any]]:
             if (error := errors[cell]) is not None:
                 raise error
             if samples is None:
-                samples = _reference(work, source, evaluation)
+                samples = _reference(work, source, evaluation, plan.accuracy)
             if isinstance(samples, PortcallError):
                 raise samples
             results.append(cells.run(cell, samples, start))
@@ -120,6 +123,7 @@ class _Evaluation:
     n: int
     record: DataRecord | None
     source: Source
+    notes: tuple[str, ...] = ()
 
 
 def _choose_samples(
@@ -128,8 +132,14 @@ def _choose_samples(
     """Split DATA as DESIGN says: --eval, else the last 10 % of DATA, else examples, else synthetic."""
     calibration: DataRecord | None = None
     evaluation: _Evaluation | None = None
+    whole_found: dict[str, Any] = {}
+    labels = False
+    classes = plan.accuracy.metric is None
     if plan.data is not None:
-        whole, found = read_data(work, source, plan.data, "--data")
+        whole, found = read_data(
+            work, source, plan.data, "--data", classes=classes and plan.evaluation is None
+        )
+        whole_found, labels = found, found["labels"]
         source = with_data_shapes(source, found, plan.shapes)
         calibration = whole
         if plan.evaluation is None:
@@ -142,10 +152,12 @@ def _choose_samples(
             rest = replace(whole, start=first, stop=None, n=held_out)
             evaluation = _Evaluation("held-out", held_out, rest, source)
     if plan.evaluation is not None:
-        record, found = read_data(work, source, plan.evaluation, "--eval")
+        record, found = read_data(work, source, plan.evaluation, "--eval", classes=classes)
+        labels = found["labels"]
         if plan.data is None:
             source = with_data_shapes(source, found, plan.shapes)
-        evaluation = _Evaluation("eval", record.n, record, source)
+        notes = compare(whole_found.get("statistics", {}), found["statistics"])
+        evaluation = _Evaluation("eval", record.n, record, source, tuple(notes))
     if evaluation is None:
         job = {"source": source.to_json()}
         if work.call("portcall.stages:has_examples", job, "look at examples"):
@@ -161,18 +173,27 @@ def _choose_samples(
             work.reporter.warn(
                 "no DATA: parity is measured on random inputs (synthetic); give --eval for real ones"
             )
+    sentence = plan.accuracy.check_labels(evaluation.kind, labels)
+    for warning in (*evaluation.notes, *([] if sentence is None else [sentence])):
+        work.reporter.warn(warning)
     return replace(evaluation, source=source), calibration
 
 
-def _reference(work: Workspace, source: Source, evaluation: _Evaluation) -> Samples | PortcallError:
-    """Run the source on the evaluation samples; an error there is every cell's."""
+def _reference(
+    work: Workspace, source: Source, evaluation: _Evaluation, accuracy: Accuracy
+) -> Samples | PortcallError:
+    """Run the source on the evaluation samples and score it; an error there is every cell's."""
     try:
         folder = run_reference(work, source, evaluation.kind, evaluation.n, evaluation.record)
+        scored = Scored(work, source, accuracy, folder)
     except BadInput:
         raise
     except PortcallError as error:
         return error
-    return Samples(folder, *_pack(folder, min(artifacts.MAX_SAMPLES, evaluation.n)))
+    for sentence in scored.warnings:
+        work.reporter.warn(sentence)
+    packed, packed_n = _pack(folder, min(artifacts.MAX_SAMPLES, evaluation.n))
+    return Samples(folder, packed, packed_n, scored, (*evaluation.notes, *scored.warnings))
 
 
 def _pack(folder: Path, count: int) -> tuple[Path, int]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from portcall.calibration._rows import Label
 from portcall.calibration.data import open_data, survey
 from portcall.source import open_reference
 from portcall.source_torch import flat_examples
@@ -26,10 +27,15 @@ Arrays = dict[str, "np.ndarray[Any, Any]"]
 
 
 def check_data(arguments: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
-    """Read all of DATA once: its hash, its number of samples, and the shapes of the first and the largest one."""
+    """Read all of DATA once: its hash, number of samples, the shapes of the first and the largest one, statistics.
+
+    classes: the labels are to be class indices, since top-1 is measured with them.
+    """
     inputs = [TensorSpec.from_json(t) for t in arguments["inputs"]]
     data = open_data(arguments["spec"], inputs, preprocess=arguments["preprocess"])
     data = data.with_slice(arguments["start"], arguments["stop"])
+    if arguments["classes"]:
+        data.check_classes()
     found = survey(data)
     if found.n == 0:
         raise BadInput(f"no samples in {arguments['spec']!r}", "Give at least one sample")
@@ -39,6 +45,7 @@ def check_data(arguments: Mapping[str, Any], progress: Progress) -> dict[str, An
         "shapes": found.first,
         "largest": found.largest,
         "labels": data.has_labels(),
+        "statistics": found.statistics,
     }
 
 
@@ -76,12 +83,14 @@ def _writing(directory: Path, fix: str) -> Iterator[None]:
 def reference(arguments: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
     """Run the source on the evaluation samples; store inputs and outputs as ``000000.npz`` and ``index.json``.
 
+    A sample's label goes to ``000000.label.npy``.
+
     Raises CellFailed where the source itself gives NaN or infinity (names sample and output).
     """
     source = Source.from_json(arguments["source"])
     folder = Path(arguments["directory"])
     run = open_reference(source)
-    labels: list[int] | None = []
+    labelled = True
     n = 0
     for arrays, label in _evaluation_samples(source, arguments):
         outputs = run(arrays)
@@ -93,15 +102,19 @@ def reference(arguments: Mapping[str, Any], progress: Progress) -> dict[str, Any
                 )
         stored: dict[str, Any] = {**arrays, **{f"reference/{k}": v for k, v in outputs.items()}}
         np.savez(folder / f"{n:06d}.npz", **stored)
-        labels = None if labels is None or label is None else [*labels, label]
+        labelled = labelled and label is not None
+        if labelled:
+            np.save(folder / f"{n:06d}.label.npy", np.asarray(label))
         n += 1
         progress(n, arguments["n"])
-    index = {"n": n, "labels": labels, "samples": arguments["samples"]}
+    index = {"n": n, "labelled": labelled, "samples": arguments["samples"]}
     (folder / "index.json").write_text(json.dumps(index))
     return {"n": n}
 
 
-def _evaluation_samples(source: Source, arguments: Mapping[str, Any]) -> Iterator[tuple[Arrays, int | None]]:
+def _evaluation_samples(
+    source: Source, arguments: Mapping[str, Any]
+) -> Iterator[tuple[Arrays, Label | None]]:
     record = arguments["data"]
     if record is not None:
         data = open_data(record["spec"], source.inputs, preprocess=record["preprocess"])

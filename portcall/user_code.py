@@ -12,8 +12,8 @@ from typing import Any
 from portcall.targets.agent.errors import BadInput
 
 
-def load_callable(spec: str, does: str) -> Callable[[], Any]:
-    """Return the function that ``package.module:name`` names; *does*: what it should do, for the message.
+def load_callable(spec: str, does: str, takes: str = "no arguments") -> Callable[..., Any]:
+    """Return the function that ``package.module:name`` names; *takes*, *does*: what it should, for the message.
 
     Runs the module. The current folder joins the end of the path and stays, since the user's code may import later;
     at the end, so that a folder named onnx/ there does not shadow the real one. Raises BadInput where there is none.
@@ -43,7 +43,7 @@ def load_callable(spec: str, does: str) -> Callable[[], Any]:
     if not callable(value):
         raise BadInput(
             f"{spec} is a {type(value).__name__}, not callable",
-            f"Name a function that takes no arguments and {does}",
+            f"Name a function that takes {takes} and {does}",
         )
-    function: Callable[[], Any] = value
+    function: Callable[..., Any] = value
     return function

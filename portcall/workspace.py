@@ -132,9 +132,18 @@ def open_source(work: Workspace, model: str, shapes: Mapping[str, tuple[int, ...
 
 
 def read_data(
-    work: Workspace, source: Source, data: DataArgument, what: str, start: int = 0, stop: int | None = None
+    work: Workspace,
+    source: Source,
+    data: DataArgument,
+    what: str,
+    start: int = 0,
+    stop: int | None = None,
+    classes: bool = False,
 ) -> tuple[DataRecord, dict[str, Any]]:
-    """Read DATA once against the inputs of *source*; return its record and what was found."""
+    """Read DATA once against the inputs of *source*; return its record and what was found.
+
+    classes: its labels, if any, must be class indices.
+    """
     spec = str(Path(data.spec).resolve()) if Path(data.spec).exists() else data.spec
     job = {
         "spec": spec,
@@ -142,6 +151,7 @@ def read_data(
         "inputs": [t.to_json() for t in source.inputs],
         "start": start,
         "stop": stop,
+        "classes": classes,
     }
     found = work.call("portcall.stages:check_data", job, f"read {what}")
     return DataRecord(

@@ -203,6 +203,23 @@ FIGURES = {
 PARITY = {"reference": str, "samples": str, "n": int, **FIGURES, "outputs": list}
 
 
+EVAL = {
+    "metric": str,
+    "n": int,
+    "reference": NUMBER,
+    "value": NUMBER,
+    "difference": NUMBER,
+    "ci95": (list, type(None)),
+    "method": str,
+    "p_value": (int, float, type(None)),
+    "discordant": list,
+    "smallest_drop": (int, float, type(None)),
+    "max_drop": (int, float, type(None)),
+    "verdict": TEXT_OR_NULL,
+    "warnings": list,
+}
+
+
 def _check_artifact(result: Mapping[str, Any]) -> None:
     check_keys(result, RESULT, "result")
     assert (result["outcome"], result["reason"], result["fix"]) == ("artifact", None, None)
@@ -250,8 +267,13 @@ def test_export_with_labels_measures_accuracy(tiny_onnx: Path, data: Path, tmp_p
         tmp_path / "o",
         "--json",
     ]
-    [result] = one_object(run("export", tiny_onnx, *options).stdout)["results"]
-    check_keys(result["eval"], {"metric": str, "n": int, "reference": NUMBER, "value": NUMBER}, "eval")
+    answer = one_object(run("export", tiny_onnx, *options).stdout)
+    [result] = answer["results"]
+    check_keys(result["eval"], EVAL, "eval")
+    assert result["eval"]["warnings"] == [
+        w.split(": ", 1)[1] for w in answer["warnings"] if "n=24" in w and "point" in w
+    ]
+    assert result["eval"]["ci95"][0] <= result["eval"]["difference"] == 0 <= result["eval"]["ci95"][1]
     assert result["eval"]["n"] == 24 == result["parity"]["n"]
     assert result["eval"]["reference"] == result["eval"]["value"]
     assert 0 <= result["eval"]["value"] <= 1

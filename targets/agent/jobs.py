@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import os
 import re
 import time
 from dataclasses import replace
@@ -28,7 +29,6 @@ from portcall.targets.agent.contract import (
     Workload,
 )
 from portcall.targets.agent.errors import (
-    BadInput,
     CellFailed,
     UnavailableError,
     UnsupportedError,
@@ -142,10 +142,11 @@ def _bare(spec: TensorSpec) -> BoundTensor:
 
 
 def verify(arguments: Mapping[str, Any], progress: Progress) -> Dict[str, Any]:
-    """Run every sample through the artifact; return parity against the stored reference, and top-1 with labels.
+    """Run every sample through the artifact; return parity against the stored reference.
 
     samples: a folder of ``000000.npz`` (inputs by name, ``reference/NAME``) with ``index.json``.
     interpret: by the backend's interpreter, where its runtime is not at hand; said in the parity.
+    outputs: a folder for each sample's outputs by source name (``000000.npz``), to be scored; or null.
     head: how many of the first samples the artifact carries; their SQNR is what other targets are held to.
     """
     artifact = Artifact.from_json(arguments["artifact"])
@@ -153,8 +154,6 @@ def verify(arguments: Mapping[str, Any], progress: Progress) -> Dict[str, Any]:
     index = json.loads((folder / "index.json").read_text())
     parity = ParityAccumulator([t.source for t in artifact.outputs])
     head: List[float] = []
-    labels = index["labels"]
-    correct = reference_correct = 0
     interpret = _backend(artifact.backend).interpret if arguments["interpret"] else None
     workload = Workload(threads=arguments["threads"])
     with contextlib.ExitStack() as stack:
@@ -171,31 +170,16 @@ def verify(arguments: Mapping[str, Any], progress: Progress) -> Dict[str, Any]:
             parity.add(reference, outputs)
             if number < arguments["head"]:
                 head.append(_sqnr_db(reference, outputs))
-            if labels is not None:
-                scores = _scores(outputs, artifact)
-                correct += int(scores.argmax() == labels[number])
-                reference_correct += int(_scores(reference, artifact).argmax() == labels[number])
+            if arguments["outputs"] is not None:
+                kept: Dict[str, Any] = dict(outputs)
+                np.savez(os.path.join(arguments["outputs"], f"{number:06d}.npz"), **kept)
             progress(number + 1, index["n"])
         environment = session.environment
-    n = index["n"]
-    top1 = None
-    if labels is not None:
-        top1 = {"metric": "top1", "n": n, "reference": reference_correct / n, "value": correct / n}
     return {
         "parity": {**parity.result(index["samples"]), "interpreted": arguments["interpret"]},
         "head_sqnr_db": head,
-        "eval": top1,
         "environment": environment,
     }
-
-
-def _scores(outputs: Mapping[str, np.ndarray], artifact: Artifact) -> np.ndarray:
-    for tensor in artifact.outputs:
-        if outputs[tensor.source].ndim == 2:
-            return np.asarray(outputs[tensor.source][0])
-    raise BadInput(
-        "labels were given, but no output has rank 2 (samples x classes)", "Leave the labels out of --eval"
-    )
 
 
 def _inputs(path: str) -> Tuple[Dict[str, np.ndarray], Dict[str, np.ndarray]]:

@@ -91,15 +91,15 @@ def test_slices_keep_the_index_and_nest(tmp_path: Path) -> None:
         data.with_slice(3, 2)
 
 
-def test_a_fixed_batch_groups_rows_drops_the_tail_and_has_no_labels(tmp_path: Path) -> None:
+def test_a_fixed_batch_groups_rows_with_their_labels_and_drops_the_tail(tmp_path: Path) -> None:
     spec = TensorSpec("x", (4, 3), "float32")
     table = TensorSpec("table", (2, 2), "float32")
     for stored in (values(10, 3), values(10, 1, 3)):
         tables = np.broadcast_to(values(2, 2), (10, 2, 2))
         data = open_data(npz(tmp_path, x=stored, table=tables, labels=np.arange(10)), [spec, table])
         samples = list(data)
-        assert data.count() == len(samples) == 2 and not data.has_labels()
-        assert [s.label for s in samples] == [None, None]
+        assert data.count() == len(samples) == 2 and data.has_labels()
+        assert [np.asarray(s.label).tolist() for s in samples] == [[0, 1, 2, 3], [4, 5, 6, 7]]
         np.testing.assert_array_equal(samples[1].inputs["x"], values(10, 3)[4:8])
         np.testing.assert_array_equal(samples[1].inputs["table"], values(2, 2))
         assert [s.index for s in data.with_slice(1, None)] == [1]
@@ -148,14 +148,29 @@ def test_an_empty_axis_is_a_legal_shape(tmp_path: Path) -> None:
         ({"x": np.array(["a"])}, ["holds <U1, not numbers"]),
         ({"x": np.asfortranarray(values(2, 3, 4))}, ["Fortran order", "ascontiguousarray"]),
         ({"x": values(2, 3, 4), "labels": [1, 2, 3]}, ["labels", "shape [3]", "2 samples"]),
-        ({"x": values(2, 3, 4), "labels": [[1, 0], [0, 1]]}, ["labels", "shape [2, 2]"]),
-        ({"x": values(2, 3, 4), "labels": [0.5, 1]}, ["labels", "float64", "not integers"]),
+        ({"x": values(2, 3, 4), "labels": ["a", "b"]}, ["labels", "not numbers"]),
         ({"x": np.full((2, 3, 4), 1e300)}, ["sample 0", "beyond float32"]),
     ],
 )
 def test_npz_refusals(tmp_path: Path, arrays: dict[str, Any], parts: list[str]) -> None:
     np.savez(tmp_path / "data.npz", **arrays, allow_pickle=True)
     refused(parts, str(tmp_path / "data.npz"), [X])
+
+
+@pytest.mark.parametrize(
+    ("labels", "parts"),
+    [([0.5, 1], ["labels", "float64", "not integers"]), (values(2, 3, 3, dtype="int64"), ["shape (3, 3)"])],
+)
+def test_labels_that_are_no_classes_are_for_a_metric_alone(
+    tmp_path: Path, labels: Any, parts: list[str]
+) -> None:
+    data = open_data(npz(tmp_path, x=values(2, 3, 4), labels=labels), [X])
+    for found, given in zip(data, labels, strict=True):
+        assert found.label is not None
+        np.testing.assert_array_equal(found.label, given)
+    with pytest.raises(BadInput) as caught:
+        data.check_classes()
+    assert all(p in str(caught.value) for p in [*parts, "sample 0", "--metric"]), str(caught.value)
 
 
 def test_different_counts_are_refused(tmp_path: Path) -> None:
@@ -517,7 +532,8 @@ def test_callable_is_called_anew_for_every_pass(module: Callable[[str], str], tm
     assert [s.index for s in data.with_slice(1, 3)] == [1, 2] and data.with_slice(1, 3).count() == 2
     assert [s.label for s in open_data(f"{name}:Set.load", [X])] == [3]
     batched = open_data(f"{name}:samples", [TensorSpec("x", (2, 3, 4), "float32")])
-    assert [s.inputs["x"][:, 0, 0].tolist() for s in batched] == [[0, 1], [2, 3]] and not batched.has_labels()
+    assert [s.inputs["x"][:, 0, 0].tolist() for s in batched] == [[0, 1], [2, 3]]
+    assert [np.asarray(s.label).tolist() for s in batched] == [[0, 1], [2, 3]]
 
 
 @pytest.mark.parametrize(
@@ -536,7 +552,7 @@ def test_callable_is_called_anew_for_every_pass(module: Callable[[str], str], tm
         ("def f(): yield {'x': [[1], [2, 3]]}", ["'x' in sample 0", "is no array"]),
         ("def f(): yield {'x': 'text'}", ["'x' in sample 0", "holds <U4, not numbers"]),
         ("def f(): yield {'x': np.ones((3, 5))}", ["sample 0 of input 'x' has shape [3, 5]"]),
-        ("def f(): yield {'x': np.ones((3, 4)), 'label': 0.5}", ["the label of sample 0", "not one integer"]),
+        ("def f(): yield {'x': np.ones((3, 4)), 'label': 'cat'}", ["'labels' in sample 0", "not numbers"]),
         (
             "def f(): yield from ({'x': np.ones((3, 4)), 'label': n} for n in (1, None))",
             ["sample 1 of", "has no label"],
