@@ -322,7 +322,10 @@ class _Reader:
             if zero is None
             else np.reshape(zero, (outputs, blocks))
         )
-        signs = signs_of(values.astype(np.float64), points[:, :, None]).reshape(outputs, -1)[:, :inputs]
+        signs = signs_of(values.astype(np.float64), points[:, :, None])
+        # ONNX Runtime's own tool lets a scale be negative.
+        signs = np.where(np.reshape(scale, (outputs, blocks, 1)) < 0, -signs, signs)
+        signs = signs.reshape(outputs, -1)[:, :inputs]
         stored = Stored(node.input[1], tuple(packed.shape), f"uint{bits}", bits, signs, scale, points)
         return weight(
             node.name or node.output[0],

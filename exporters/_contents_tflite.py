@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 from collections import Counter
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Set, Tuple
@@ -48,7 +49,7 @@ def read(path: Path) -> Contents:
         model = _tflite._read(data)
         reader = _Reader(model)
         weights = reader.weights()
-    except (IndexError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (IndexError, KeyError, TypeError, ValueError, AttributeError, struct.error) as error:
         # The generated code reads wherever a broken file points.
         raise BadInput(f"{path} is no readable TFLite flatbuffer: {error}", "Export it again") from error
     other, zeros = reader.others()

@@ -25,7 +25,7 @@ READERS: Mapping[str, str] = {
 }
 """Suffix of a bare file -> the backend that reads it."""
 ENGINES = (".engine", ".plan", ".mlmodelc")
-KINDS = "an artifact folder, model.onnx, .tflite, .xml, .mlpackage, .pt2, .keras, a SavedModel or package.module:factory"
+KINDS = "an artifact folder, .onnx, .tflite, .xml, .mlpackage, .pt2, .keras, a SavedModel or package.module:factory"
 CHUNK = 1 << 20
 
 

@@ -71,7 +71,11 @@ def integers(
     zero = (
         0 if zero_point is None else spread(np.asarray(zero_point).astype(np.int64), wide.shape, axis, block)
     )
-    return Stored(tensor, tuple(wide.shape), dtype, bits, signs_of(wide, zero), scale, zero_point)
+    signs = signs_of(wide, zero)
+    if scale is not None and np.any(np.asarray(scale) < 0):  # ONNX Runtime's MatMulNBits has negative scales
+        turned = spread(np.asarray(scale) < 0, wide.shape, axis, block)
+        signs = np.where(turned, -signs, signs)
+    return Stored(tensor, tuple(wide.shape), dtype, bits, signs, scale, zero_point)
 
 
 def unpacked(data: bytes, bits: int, count: int, signed: bool) -> Any:
