@@ -1,13 +1,13 @@
 """``python -m benchmarks.compression``: whether a pruned ResNet-20 keeps its zeros in every int8 format.
 
-Three prunings of the trained network (``benchmarks/resnet.py``: PORTCALL_CIFAR10_RESNET), by magnitude within each layer
-and without fine-tuning: 50 % and 90 % unstructured, and 2:4 along the input channels (not in the first convolution,
-which has three). Each is exported to int8 by every backend; a row tells the zero fraction of its weights before
-and after, and how many layers of each pattern there are.
+Three prunings of the trained network (``benchmarks/resnet.py``: PORTCALL_CIFAR10_RESNET), by magnitude within each
+layer and without fine-tuning: 50 % and 90 % unstructured, and 2:4 along the input channels (not in the first
+convolution, which has three). Each is exported to int8 by every backend; a row tells the zero fraction of its
+weights before and after, and how many layers of each pattern there are.
 
 Then losses are planted, ten of each kind, layers and backends drawn by seed: one zero of the graph becomes half the
-layer's largest weight ("zero"), or all of them small random numbers ("mask"), before the backend exports it. Each has to
-be found, by the name of its layer.
+layer's largest weight ("zero"), or all of them small random numbers ("mask"), before the backend exports it. Each has
+to be found, by the name of its layer.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ WEIGHT_INPUTS: Mapping[str, Tuple[Tuple[int, Optional[int], Optional[int]], ...]
     "RNN": ((1, None, None), (2, None, None)),
 }
 """Operator -> the inputs that may be its weight, each with the inputs of its scale and zero point, if it has any."""
-FLOATS = ("float", "float16", "bfloat16", "double")
+FLOATS = ("float32", "float16", "bfloat16", "float64")
 
 
 def read(path: Path, shapes: Mapping[str, Tuple[int, ...]]) -> Contents:
@@ -229,8 +229,8 @@ class _Reader:
                 ("int4", "uint4", "int2", "uint2", "bfloat")
             ):
                 array = array.astype(np.float32 if "float" in array.dtype.name else np.int8)
-            digits = "".join(c for c in dtype if c.isdigit())
-            bits = {"float": 32, "double": 64, "bool": 1}.get(dtype) or int(digits or 8)
+            dtype = {"float": "float32", "double": "float64"}.get(dtype, dtype)
+            bits = int("".join(c for c in dtype if c.isdigit()) or 8)
             return Stored(name, tuple(array.shape), dtype, bits, array)
         node = self._made_by.get(name)
         if node is None:

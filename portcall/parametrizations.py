@@ -34,13 +34,14 @@ def fold(module: torch.nn.Module) -> tuple[torch.nn.Module, tuple[str, ...]]:
         if not torch.nn.utils.parametrize.is_parametrized(part):
             continue
         held: Any = part.parametrizations
+        # torch takes the property off the class, which a deep copy shares with the module that it came from.
+        kind = type(part)
+        part.__class__ = type(kind.__name__, kind.__bases__, dict(vars(kind)))
         for tensor in list(held):
             kinds = " and ".join(type(p).__name__.lstrip("_") for p in held[tensor])
             done.setdefault(f"parametrization {kinds}", []).append(_joined(path, tensor))
             torch.nn.utils.parametrize.remove_parametrizations(part, tensor, leave_parametrized=True)
-    return folded, tuple(
-        f"folded {kind} of {_shown(names)} into plain weights" for kind, names in done.items()
-    )
+    return folded, tuple(f"folded {how} of {_shown(names)} into plain weights" for how, names in done.items())
 
 
 def training_parts(module: torch.nn.Module) -> list[str]:

@@ -19,12 +19,12 @@ Sample = dict[str, Any]
 class Layouts(nn.Module):
     """Every kind of convolution and a linear layer, each weight of its own shape, 40 % zero."""
 
-    def __init__(self) -> None:
+    def __init__(self, transposed: bool) -> None:
         super().__init__()
         self.plain = nn.Conv2d(4, 12, 3, padding=1)
         self.grouped = nn.Conv2d(12, 8, 3, padding=1, groups=2)
         self.depthwise = nn.Conv2d(8, 16, 3, padding=1, groups=8, bias=False)
-        self.up = nn.ConvTranspose2d(16, 5, 2, 2)
+        self.up = nn.ConvTranspose2d(16, 5, 2, 2) if transposed else nn.Conv2d(16, 5, 2)
         self.head = nn.Linear(5, 7)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -33,8 +33,16 @@ class Layouts(nn.Module):
 
 
 def layouts() -> tuple[Any, ...]:
+    return _layouts(True)
+
+
+def layouts_without_transposed() -> tuple[Any, ...]:
+    return _layouts(False)
+
+
+def _layouts(transposed: bool) -> tuple[Any, ...]:
     torch.manual_seed(1)
-    module = Layouts().eval()
+    module = Layouts(transposed).eval()
     with torch.no_grad():
         for part in module.children():
             weight = part.weight
