@@ -59,7 +59,7 @@ def _hooks_of(part: torch.nn.Module) -> list[tuple[Any, str]]:
     from torch.nn.utils.spectral_norm import SpectralNorm
     from torch.nn.utils.weight_norm import WeightNorm
 
-    found = []
+    found: list[tuple[Any, str]] = []
     for hook in part._forward_pre_hooks.values():
         if isinstance(hook, BasePruningMethod):
             found.append((hook, str(hook._tensor_name)))
@@ -80,7 +80,7 @@ def _remove(part: torch.nn.Module, hook: Any, tensor: str) -> None:
     from torch.nn.utils import prune, remove_spectral_norm, remove_weight_norm
 
     if isinstance(hook, prune.BasePruningMethod):
-        prune.remove(part, tensor)
+        prune.remove(part, tensor)  # type: ignore[no-untyped-call]  # torch types it not
     elif type(hook).__name__ == "WeightNorm":
         remove_weight_norm(part, tensor)
     else:

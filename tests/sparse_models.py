@@ -64,7 +64,7 @@ def pruned() -> tuple[Any, ...]:
     """TinyCnn with half of each layer's weights masked by torch.nn.utils.prune, the masks still on."""
     module = _tiny()
     for part in _layers(module):
-        prune.l1_unstructured(part, "weight", 0.5)
+        prune.l1_unstructured(part, "weight", 0.5)  # type: ignore[no-untyped-call]  # torch types it not
     return module.eval(), (torch.randn(2, 3, 16, 16),), (BATCH,)
 
 

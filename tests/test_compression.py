@@ -326,10 +326,11 @@ def test_without_zeros_pinned_the_palette_loses_them() -> None:
 
 
 def test_folding_leaves_the_given_module_alone() -> None:
-    module = sparse_models.pruned()[0]
+    module: Any = sparse_models.pruned()[0]
     x = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
         before = module(x)
+        folded: Any
         folded, notes = fold(module)
         np.testing.assert_array_equal(folded(x), before)
         np.testing.assert_array_equal(module(x), before)

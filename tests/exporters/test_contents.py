@@ -154,7 +154,7 @@ def test_reads_a_float16_weight_behind_a_cast(tmp_path: Path) -> None:
 
 def test_zero_of_asymmetric_integers_is_their_zero_point(tmp_path: Path) -> None:
     integers = RNG.integers(0, 8, (4, 6)).astype(np.uint8)
-    weights = {
+    weights: dict[str, Array] = {
         "w": integers,
         "scale": np.array([0.5, 1, 2, 4, 8, 16], np.float32),
         "zero": np.array([0, 1, 2, 3, 4, 5], np.uint8),
@@ -174,7 +174,7 @@ def test_zero_of_asymmetric_integers_is_their_zero_point(tmp_path: Path) -> None
 
 def test_a_weight_that_the_graph_rounds_has_the_zeros_of_the_rounded_one(tmp_path: Path) -> None:
     values = np.array([[0.0, 0.04, 0.3], [-0.04, -1.0, 0.06]], np.float32)
-    weights = {"w": values, "scale": np.float32(0.1), "zero": np.int8(0)}
+    weights: dict[str, Any] = {"w": values, "scale": np.float32(0.1), "zero": np.int8(0)}
     nodes = [
         helper.make_node("QuantizeLinear", ["w", "scale", "zero"], ["q"], "q"),
         helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["f"], "dq"),
