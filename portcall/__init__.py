@@ -1,6 +1,7 @@
 """portcall: port one model to every device format, prove that it still computes the same, and measure what it costs.
 
-The verbs (``export``, ``verify``, ``benchmark``, ``calibrate``, ``doctor``, ``inspect``, ``load``) load when first used.
+The verbs (``export``, ``verify``, ``inspect``, ``benchmark``, ``calibrate``, ``doctor``, ``load``) load when first
+used.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +153,9 @@ def read_artifact(arguments: Mapping[str, Any], progress: object) -> dict[str, A
             f"reading {artifact.path.name} needs a package: {error}",
             f"pip install 'portcall[{artifact.backend}]'",
         ) from error
+    if not shapes and specs and contents.macs is None:
+        unknown = f"no multiply-accumulates: the shape of input {_name(specs[0])!r} is dynamic; give --shape"
+        contents = replace(contents, notes=(*contents.notes, unknown))
     return _answer(contents, [Path(f) for f in arguments["files"]])
 
 
@@ -161,8 +164,10 @@ def _name(tensor: Any) -> str:
 
 
 def _shapes(specs: Sequence[TensorSpec], given: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every input that is known: as given, else of one sample. Raises BadInput for one that no
-    input has."""
+    """Return the shape of every input that is known: as given, else of one sample.
+
+    Raises BadInput for one that does not fit its input.
+    """
     found: dict[str, tuple[int, ...]] = {}
     for spec in specs:
         shape = given.get(spec.name, single_sample_shape(spec))

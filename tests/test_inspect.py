@@ -141,7 +141,8 @@ def test_dynamic_dimensions_need_shapes_for_macs(tmp_path: Path) -> None:
     )
     path = tmp_path / "dynamic.onnx"
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), path)
-    assert portcall.api.inspect(path)["macs"] is None
+    unknown = portcall.api.inspect(path)
+    assert unknown["macs"] is None and "input 'x' is dynamic" in unknown["notes"][0]
     answer = portcall.api.inspect(path, shapes={"x": (2, 3, 4)})
     assert answer["macs"] == 2 * 3 * 4 * 5
     with pytest.raises(BadInput, match="names no input 'z'"):
