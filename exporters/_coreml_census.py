@@ -31,19 +31,7 @@ def census(artifact: Artifact, shapes: Mapping[str, Tuple[int, ...]]) -> Census:
         quantize += step.kind in ("quantize", "dequantize")
         if step.kind not in COMPUTE_OPS:
             return
-        output = outputs[0]
-        if step.kind == "conv":
-            macs = output.size * math.prod(inputs["weight"].shape[1:])
-        elif step.kind == "conv_transpose":
-            macs = inputs["x"].size * math.prod(inputs["weight"].shape[1:])
-        elif step.kind == "linear":
-            macs = output.size * inputs["x"].shape[-1]
-        elif step.kind == "matmul":
-            macs = output.size * inputs["x"].shape[-2 if inputs.get("transpose_x") else -1]
-        elif step.kind == "einsum":
-            macs = output.size * inputs["values"][0].shape[-1]
-        else:
-            macs = inputs["query"].size * inputs["key"].shape[-2] + output.size * inputs["key"].shape[-2]
+        macs = macs_of(step.kind, inputs, outputs[0])
         total += macs
         if _on_integers(step):
             integer += macs
@@ -52,6 +40,21 @@ def census(artifact: Artifact, shapes: Mapping[str, Tuple[int, ...]]) -> Census:
 
     program.run(feeds(artifact.inputs, [t.name for t in artifact.inputs], zeros, images), watch)
     return Census(quantize, total, integer, tuple(floats), "quantize and dequantize of the ML program")
+
+
+def macs_of(kind: str, inputs: Mapping[str, Any], output: Any) -> int:
+    """Return the multiply-accumulates of one operator of COMPUTE_OPS, given its arrays."""
+    if kind == "conv":
+        return int(output.size * math.prod(inputs["weight"].shape[1:]))
+    if kind == "conv_transpose":
+        return int(inputs["x"].size * math.prod(inputs["weight"].shape[1:]))
+    if kind == "linear":
+        return int(output.size * inputs["x"].shape[-1])
+    if kind == "matmul":
+        return int(output.size * inputs["x"].shape[-2 if inputs.get("transpose_x") else -1])
+    if kind == "einsum":
+        return int(output.size * inputs["values"][0].shape[-1])
+    return int(inputs["query"].size * inputs["key"].shape[-2] + output.size * inputs["key"].shape[-2])
 
 
 def _on_integers(step: Any) -> bool:

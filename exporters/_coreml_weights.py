@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, List, Mapping, NamedTuple, Sequence, Tuple
 
@@ -24,6 +25,9 @@ NEEDS: Mapping[str, str] = {
 """Precision -> the oldest system that reads it. Source: coremltools 9.0, the opsets of its constexpr operators."""
 WEIGHTED = ("conv", "conv_transpose", "linear", "matmul", "gather")
 PARAMETERS = ("weight", "x", "y")
+PRUNED_SHARE = 0.001
+"""A weight with this share of exact zeros was pruned: its table gets an entry that is 0."""
+LLOYD_STEPS = 10
 PREFIX = "b_onnx_weights_"
 """Begins the name of a constant that was an initializer of the ONNX graph."""
 
@@ -37,6 +41,8 @@ class Weight(NamedTuple):
     parameter: str
     node: str = ""
     """The ONNX node that reads it."""
+    zero_share: float = 0.0
+    """Of its elements: those that are exactly 0."""
 
     @property
     def reduced_axis(self) -> int:
@@ -61,6 +67,8 @@ def needed(precision: str, options: Mapping[str, Any]) -> str:
 
 def weights_of(model: Any) -> List[Weight]:
     """Return the constants of *model* with at least two axes that convolutions, products and gathers read."""
+    import numpy as np
+
     from portcall.exporters._coreml_tools import coremltools, quiet
 
     with quiet():
@@ -71,7 +79,8 @@ def weights_of(model: Any) -> List[Weight]:
             parameter = next((p for p, c in child.params_name_mapping.items() if c == name), "")
             if child.op_type in WEIGHTED and parameter in PARAMETERS and entry.val.ndim > 1:
                 shape = tuple(int(d) for d in entry.val.shape)
-                found.append(Weight(name, shape, child.op_type, parameter))
+                zero_share = 1 - np.count_nonzero(entry.val) / entry.val.size
+                found.append(Weight(name, shape, child.op_type, parameter, zero_share=zero_share))
                 break
     return found
 
@@ -83,7 +92,8 @@ def compress(
 
     int8-weights, int4-weights: linear, symmetric unless the recipe says otherwise, a scale per channel, or per block of
     32 inputs for 4 bits; a weight whose inputs are no multiple of the block takes 8 bits per channel. palette4,
-    palette6: a table of 16 or 64 values by k-means, for the whole tensor or for every "palette_group" channels.
+    palette6: a table of 16 or 64 values by k-means, for the whole tensor or for every "palette_group" channels; 0 is
+    in that of a pruned weight.
     nodes: name of a weight (see ``plain_name``) -> the ONNX node that reads it. kept: nodes that stay as they are.
     Raises UnsupportedError where there is no weight to compress.
     """
@@ -151,9 +161,11 @@ def _palettize(model: Any, weights: Sequence[Weight], bits: int, group: int) -> 
         grouped = bool(group) and weight.shape[weight.channel_axis] % group == 0
         if group and not grouped:
             uneven.append(weight)
+        pruned = weight.zero_share >= PRUNED_SHARE
         by_name[weight.name] = cto.OpPalettizerConfig(
-            mode="kmeans",
-            nbits=bits,
+            mode="custom" if pruned else "kmeans",
+            nbits=None if pruned else bits,
+            lut_function=partial(table_with_zero, bits=bits) if pruned else None,
             granularity="per_grouped_channel" if grouped else "per_tensor",
             group_size=group or 32,
             channel_axis=weight.channel_axis if grouped else None,
@@ -173,6 +185,37 @@ def _palettize(model: Any, weights: Sequence[Weight], bits: int, group: int) -> 
         f"one table for the whole tensor, its channels are no multiple of {group}",
         [w.node for w in uneven],
     )
+
+
+def table_with_zero(values: Any, bits: int) -> Tuple[Any, Any]:
+    """Return a table of 2**bits values by k-means, 0 among them where *values* hold exact zeros, and uint8 indices.
+
+    coremltools' table, its entry nearest to 0 set to 0 and held there while Lloyd's iteration moves the others: the
+    exact zeros of a pruned layer stay, whatever small weights shared their entry.
+    """
+    import numpy as np
+    from coremltools.optimize.coreml._quantization_passes import palettize_weights
+
+    from portcall.exporters._coreml_tools import quiet
+
+    with quiet():
+        table, indices = palettize_weights._get_lut_and_indices(values, "KMEANS", bits, None)
+    if np.all(values != 0):
+        return table, indices
+    flat = values.reshape(-1).astype(np.float64)
+    entries = table.reshape(-1).astype(np.float64)
+    held = int(np.argmin(np.abs(entries)))
+    entries[held] = 0.0
+    for _ in range(LLOYD_STEPS):
+        order = np.argsort(entries, kind="stable")
+        borders = (entries[order][1:] + entries[order][:-1]) / 2
+        nearest = order[np.searchsorted(borders, flat)]
+        nearest[flat == 0] = held
+        counts = np.bincount(nearest, minlength=entries.size)
+        sums = np.bincount(nearest, flat, entries.size)
+        entries = np.where(counts > 0, sums / np.maximum(counts, 1), entries)
+        entries[held] = 0.0
+    return entries.astype(values.dtype), nearest.astype(np.uint8)
 
 
 def plain_name(constant: str) -> str:

@@ -102,7 +102,8 @@ def rounded(weight: Any, precision: str, axis: int) -> Any:
         step = flipped - values
         cost = ((flipped - exact) ** 2 - (values - exact) ** 2) / np.abs(step)
     total = (values - exact).sum(1)
-    cost[~np.isfinite(cost) | (step * total[:, None] >= 0)] = np.inf
+    # An exact zero stays one: a pruned model keeps its zeros, and a flip away from 0 is the cheapest of all.
+    cost[~np.isfinite(cost) | (step * total[:, None] >= 0) | (exact == 0)] = np.inf
     tries = min(exact.shape[1], int(FLIPS_PER_ROOT * exact.shape[1] ** 0.5) + 32)
     order = np.argsort(cost, axis=1, kind="stable")[:, :tries]
     rows = np.arange(len(exact))

@@ -38,6 +38,8 @@ class Step(NamedTuple):
 class Program:
     """The main function of a saved package. inputs, outputs: as the package describes them (images: "image").
 
+    function: coremltools' own object of it.
+
     Raises BadInput for a folder that is no ML program, UnsupportedError for an operator that is not known here.
     """
 
@@ -63,6 +65,7 @@ class Program:
             specification_version=self.spec.specificationVersion,
             file_weights_dir=model.weights_dir,
         ).functions["main"]
+        self.function = main
         self.inputs, self.outputs = described(self.spec)
         self._results = [v.name for v in main.outputs]
         self._operators = _operators()

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Iterator, List, Mapping, Optional, Tuple, Union
 
+from portcall.targets.agent.contents import Contents
 from portcall.targets.agent.contract import (
     Artifact,
     Available,
@@ -255,6 +256,12 @@ def finish(artifact: Artifact, workload: Workload, directory: Path) -> str:
     return COMPILED
 
 
+def contents(artifact: Artifact, shapes: Mapping[str, Tuple[int, ...]]) -> Contents:
+    from portcall.exporters import _contents_coreml
+
+    return _contents_coreml.read(artifact, shapes)
+
+
 EXAMPLE = '''"""Run this artifact with Core ML alone, on a Mac: pip install coremltools numpy"""
 import json
 import pathlib
@@ -327,6 +334,7 @@ BACKEND = Backend(
     export=export,
     load=load,
     census=census,
+    contents=contents,
     example=EXAMPLE,
     interpret=interpret,
     finish=finish,

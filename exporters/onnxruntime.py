@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Dict, Iterator, Mapping, Optional, Tuple, Union
 
+from portcall.targets.agent.contents import Contents
 from portcall.targets.agent.contract import (
     Artifact,
     Available,
@@ -137,6 +138,12 @@ def load(artifact: Artifact, workload: Workload) -> Iterator[Session]:
     yield OnnxRuntimeSession(artifact.path, workload.threads)
 
 
+def contents(artifact: Artifact, shapes: Mapping[str, Tuple[int, ...]]) -> Contents:
+    from portcall.exporters import _contents_onnx
+
+    return _contents_onnx.read(artifact.path, shapes)
+
+
 EXAMPLE = '''"""Run this artifact with ONNX Runtime alone: pip install onnxruntime numpy"""
 import pathlib
 
@@ -185,5 +192,6 @@ BACKEND = Backend(
     export=export,
     load=load,
     census=census,
+    contents=contents,
     example=EXAMPLE,
 )

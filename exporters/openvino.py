@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple, Union
 
+from portcall.targets.agent.contents import Contents
 from portcall.targets.agent.contract import (
     Artifact,
     Available,
@@ -185,6 +186,13 @@ def _macs(node: Any, kind: str) -> Optional[int]:
     return result
 
 
+def contents(artifact: Artifact, shapes: Mapping[str, Tuple[int, ...]]) -> Contents:
+    from portcall.exporters import _contents_openvino
+
+    bound = {t.source: t.name for t in artifact.inputs}
+    return _contents_openvino.read(artifact.path, {bound.get(k, k): v for k, v in shapes.items()})
+
+
 EXAMPLE = '''"""Run this artifact with OpenVINO alone: pip install openvino numpy"""
 import pathlib
 
@@ -223,5 +231,6 @@ BACKEND = Backend(
     export=export,
     load=load,
     census=census,
+    contents=contents,
     example=EXAMPLE,
 )

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Dict, Iterator, Mapping, Optional, Tuple, Union
 
+from portcall.targets.agent.contents import Contents
 from portcall.targets.agent.contract import (
     Artifact,
     Available,
@@ -225,6 +226,12 @@ def interpret(artifact: Artifact, workload: Workload) -> Iterator[Session]:
         yield session
 
 
+def contents(artifact: Artifact, shapes: Mapping[str, Tuple[int, ...]]) -> Contents:
+    from portcall.exporters import _contents_onnx
+
+    return _contents_onnx.read(artifact.path, shapes)
+
+
 EXAMPLE = '''"""Run this artifact with TensorRT alone: pip install tensorrt cuda-python numpy"""
 import json
 import pathlib
@@ -317,6 +324,7 @@ BACKEND = Backend(
     export=export,
     load=load,
     census=census,
+    contents=contents,
     example=EXAMPLE,
     interpret=interpret,
     finish=finish,

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ContextManager, Dict, Iterator, List, Mapping, Optional, Tuple, Union
 
+from portcall.targets.agent.contents import Contents
 from portcall.targets.agent.contract import (
     Artifact,
     Available,
@@ -167,6 +168,12 @@ def load(artifact: Artifact, workload: Workload) -> Iterator[Session]:
         session.close()
 
 
+def contents(artifact: Artifact, shapes: Mapping[str, Tuple[int, ...]]) -> Contents:
+    from portcall.exporters import _contents_onnx
+
+    return _contents_onnx.read(artifact.path, shapes)
+
+
 EXAMPLE = '''"""Run this artifact with TensorRT for RTX alone: pip install tensorrt-rtx cuda-python numpy"""
 import pathlib
 
@@ -242,6 +249,7 @@ BACKEND = Backend(
     export=export,
     load=load,
     census=census,
+    contents=contents,
     example=EXAMPLE,
     interpret=interpret,
 )

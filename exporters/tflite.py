@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Dict, Iterator, Mapping, Optional, Tuple, Union
 
+from portcall.targets.agent.contents import Contents
 from portcall.targets.agent.contract import (
     Artifact,
     Available,
@@ -198,6 +199,12 @@ def load(artifact: Artifact, workload: Workload) -> Iterator[Session]:
     yield LiteRtSession(artifact.path, workload)
 
 
+def contents(artifact: Artifact, shapes: Mapping[str, Tuple[int, ...]]) -> Contents:
+    from portcall.exporters import _contents_tflite
+
+    return _contents_tflite.read(artifact.path)
+
+
 EXAMPLE = '''"""Run this artifact with LiteRT alone: pip install ai-edge-litert numpy"""
 import pathlib
 
@@ -250,5 +257,6 @@ BACKEND = Backend(
     export=export,
     load=load,
     census=census,
+    contents=contents,
     example=EXAMPLE,
 )

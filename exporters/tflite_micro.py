@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple, Union
 
+from portcall.targets.agent.contents import Contents
 from portcall.targets.agent.contract import (
     Artifact,
     Available,
@@ -301,6 +302,12 @@ def load(artifact: Artifact, workload: Workload) -> Iterator[Session]:
     yield MicroSession(artifact)
 
 
+def contents(artifact: Artifact, shapes: Mapping[str, Tuple[int, ...]]) -> Contents:
+    from portcall.exporters import _contents_tflite
+
+    return _contents_tflite.read(artifact.path)
+
+
 EXAMPLE = '''"""Run this artifact with TensorFlow Lite Micro alone, on the host: pip install tflite_micro numpy"""
 import pathlib
 
@@ -343,5 +350,6 @@ BACKEND = Backend(
     export=export,
     load=load,
     census=census,
+    contents=contents,
     example=EXAMPLE,
 )

@@ -28,6 +28,7 @@ from portcall.calibration.histogram import is_compiled
 from portcall.cells import ExportPlan
 from portcall.core import Artifact, BadInput, Workload, parse_cells
 from portcall.exporters import backend_names, get_backend
+from portcall.inspection import run_inspect
 from portcall.pipeline import run_export
 from portcall.progress import Reporter
 from portcall.recipe import backend_options, shared_options
@@ -121,6 +122,23 @@ def verify(
     with open_workspace(reporter or Reporter(False), timeout_s) as work:
         result = run_verify(work, Path(artifact), _data(evaluation, preprocess), Accuracy(metric, max_drop))
         return {"schema": SCHEMA, "results": [result], "warnings": work.reporter.warnings}
+
+
+def inspect(
+    model_or_artifact: str | Path,
+    *,
+    shapes: Shapes | None = None,
+    timeout_s: float = TIMEOUT_S,
+    reporter: Reporter | None = None,
+) -> dict[str, Any]:
+    """Return what the files of a model, an artifact or a bare file hold; what ``portcall inspect --json`` prints.
+
+    Inputs and outputs, operators, parameters, per layer the weight's zeros, sparsity pattern, bits, scales and
+    multiply-accumulates, and the size raw and compressed: see docs/inspect.md. shapes: of inputs with dynamic
+    dimensions. Raises BadInput for what cannot be read.
+    """
+    with open_workspace(reporter or Reporter(False), timeout_s) as work:
+        return {"schema": SCHEMA, **run_inspect(work, str(model_or_artifact), dict(shapes or {}))}
 
 
 def benchmark(

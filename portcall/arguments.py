@@ -49,6 +49,7 @@ exit codes: 0 all done; 1 an artifact failed verification; 2 bad input, nothing 
     _ranges(commands)
     _export(commands)
     _verify(commands)
+    _inspect(commands)
     _bench(commands)
     completion = _command(
         commands,
@@ -291,6 +292,28 @@ def _verify(commands: Any) -> None:
     )
     _accuracy_options(parser)
     parser.add_argument("--preprocess", metavar="NAME", help="named preprocessing for a folder of images")
+
+
+def _inspect(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "inspect",
+        "show what a model or an artifact holds: layers, zeros, sparsity patterns, scales, size",
+        "portcall inspect out/onnxruntime-int8",
+    )
+    parser.add_argument(
+        "model",
+        metavar="MODEL|ARTIFACT",
+        help=f"an artifact folder, a bare .onnx, .tflite, .xml or .mlpackage, or {MODEL_HELP}",
+    )
+    parser.add_argument(
+        "--shape",
+        type=_shape,
+        action="append",
+        default=[],
+        metavar="NAME=1x128",
+        help="shape of an input with dynamic dimensions, for multiply-accumulates (repeatable)",
+    )
 
 
 def _bench(commands: Any) -> None:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import portcall
 from portcall import artifact as artifacts
+from portcall import compression
 from portcall.accuracy import Accuracy, BudgetExceeded, Scored, check_budget
 from portcall.calibrating import CalibrationOptions, observe
 from portcall.calibration.table import CalibrationTable, DataRecord, Section, table_sha256
@@ -88,6 +89,7 @@ class Cells:
         self._calibration, self._backends, self._probing = calibration, backends, probing
         self._graphs: dict[str, Graph | PortcallError] = {}
         self._sections: dict[str, Section | PortcallError] = {}
+        self._contents: dict[str, str | PortcallError] = {}
 
     def prepare(self, cell: Cell) -> None:
         """Lower the cell's graph and find its ranges, once per kind; raise what keeps it from being exported."""
@@ -145,8 +147,10 @@ class Cells:
             for sentence in (verified["eval"] or {}).get("warnings", ()):
                 self._work.reporter.warn(f"{cell}: {sentence}")
             check_budget(verified["eval"], verified["parity"])
-            census = self._census(artifact, cell)
+            census, kept, told = self._census(artifact, cell, graph)
+            exported["notes"] = [*self._source.notes, *exported["notes"], *told]
             manifest = self._manifest(cell, recipe, graph, section, exported, verified, census, samples)
+            manifest["compression"] = kept
             manifest["seconds"] = round(time.perf_counter() - start, 3)
             try:
                 if samples.packed_n:
@@ -176,6 +180,7 @@ class Cells:
             "parity": manifest["parity"],
             "eval": manifest["eval"],
             "arithmetic": manifest["arithmetic"],
+            "compression": manifest["compression"],
             "notes": manifest["notes"],
         }
 
@@ -244,14 +249,36 @@ class Cells:
         )
         return {**found, "eval": samples.scored.evaluate(outputs)}
 
-    def _census(self, artifact: Artifact, cell: Cell) -> dict[str, Any]:
+    def _census(
+        self, artifact: Artifact, cell: Cell, graph: Graph
+    ) -> tuple[dict[str, Any], dict[str, Any] | None, list[str]]:
+        """Return the manifest's "arithmetic" and "compression", and notes on what could not be told."""
+        notes: list[str] = []
+        before: str | None = None
+        try:
+            if self._backends[cell.backend].contents is not None:
+                before = _once(self._contents, graph.kind, lambda: self._read_source(graph))
+        except PortcallError as error:
+            notes.append(compression.why_not(error))
         job = {
             "artifact": artifact.to_json(),
             "shapes": {k: list(v) for k, v in self._source.example_shapes.items()},
+            "before": before,
         }
         found: dict[str, Any] = self._work.call("portcall.stages:census", job, f"count {cell}", cell.backend)
+        kept, unread = found.pop("compression"), found.pop("unread")
         check_integer(self._backends[cell.backend], cell, found)
-        return found
+        if kept is not None:
+            compression.check_kept(cell, kept)
+            notes += compression.notes(kept)
+        return found, kept, notes if unread is None else [*notes, unread]
+
+    def _read_source(self, graph: Graph) -> str:
+        """Return the folder with the contents of the source, read once; Keras models by kind of graph."""
+        folder = str(self._work.folder / f"contents-{graph.kind}")
+        job = {"source": self._source.to_json(), "graph": graph.to_json(), "directory": folder}
+        self._work.call("portcall.compression:read_source", job, "read weights")
+        return folder
 
     def _manifest(
         self,

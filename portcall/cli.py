@@ -137,6 +137,17 @@ def _run_verify(options: argparse.Namespace) -> tuple[dict[str, Any], str, int]:
     return answer, export_table(answer["results"]), _code(answer["results"], allow_unavailable=False)
 
 
+def _run_inspect(options: argparse.Namespace) -> tuple[dict[str, Any], str, int]:
+    from portcall import api
+    from portcall.inspection import inspect_table
+    from portcall.progress import Reporter
+
+    answer = api.inspect(
+        options.model, shapes=dict(options.shape), timeout_s=options.timeout, reporter=Reporter(True)
+    )
+    return answer, inspect_table(answer), OK
+
+
 def _run_bench(options: argparse.Namespace) -> tuple[dict[str, Any], str, int]:
     from portcall import api
     from portcall.bench.report import bench_table
@@ -175,6 +186,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], tuple[dict[str, Any], str, in
     "ranges": _run_ranges,
     "export": _run_export,
     "verify": _run_verify,
+    "inspect": _run_inspect,
     "bench": _run_bench,
 }
 """Per command: a function to (what --json prints, the table, the exit code)."""

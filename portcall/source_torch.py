@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from portcall.parametrizations import fold, training_parts
 from portcall.source import Reference, require
 from portcall.targets.agent.contract import Dim, Source, TensorSpec
 from portcall.targets.agent.errors import BadInput, UnsupportedError
@@ -34,6 +35,12 @@ def _load_factory(spec: str) -> tuple[torch.nn.Module, tuple[Any, ...], dict[str
     module, examples = made[0], made[1]
     if module.training:
         raise BadInput(f"{spec}() returned a model in training mode", "Return model.eval()")
+    if training := training_parts(module):
+        shown = ", ".join(training[:5]) + (f" and {len(training) - 5} more" if len(training) > 5 else "")
+        raise BadInput(
+            f"{spec}() returned a model in eval mode with parts in training mode: {shown}",
+            "Call model.eval() last, after every part is in place",
+        )
     if isinstance(examples, torch.Tensor):
         examples = (examples,)
     dynamic = made[2] if len(made) == 3 else None
@@ -44,8 +51,10 @@ def _load_factory(spec: str) -> tuple[torch.nn.Module, tuple[Any, ...], dict[str
 
 def open_torch(spec: str, kind: str, directory: Path) -> Source:
     torch = require("torch", spec, "torch")
+    notes: tuple[str, ...] = ()
     if kind == "torch":
         module, args, kwargs, dynamic = _load_factory(spec)
+        module, notes = fold(module)  # the reference runs it as it came
         program = _export_program(spec, module, args, kwargs, dynamic)
         path = directory / "source.pt2"
         torch.export.save(program, path)
@@ -54,7 +63,7 @@ def open_torch(spec: str, kind: str, directory: Path) -> Source:
         program = _load_program(path)
     inputs, outputs = _signature(program, spec)
     shapes = _example_shapes(program, inputs)
-    return Source(spec, kind, path, _hash_program(program), inputs, outputs, shapes)
+    return Source(spec, kind, path, _hash_program(program), inputs, outputs, shapes, notes)
 
 
 def _export_program(spec: str, module: Any, args: Any, kwargs: Any, dynamic: Any) -> Any:

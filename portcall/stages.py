@@ -200,12 +200,25 @@ def _equalization(graph: Graph, arguments: Mapping[str, Any]) -> Sequence[str]:
 
 
 def census(arguments: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
-    """Count the integer arithmetic of an artifact at the shapes of its samples."""
+    """Count the integer arithmetic of an artifact at the shapes of its samples.
+
+    before: a folder with the contents of the source, or None; what became of its zeros is then "compression", and
+    "unread" says why that could not be told.
+    """
+    from portcall import compression
     from portcall.exporters import get_backend
 
     artifact = Artifact.from_json(arguments["artifact"])
     shapes = {k: tuple(v) for k, v in arguments["shapes"].items()}
-    return get_backend(artifact.backend).census(artifact, shapes).to_json()
+    backend = get_backend(artifact.backend)
+    answer = {**backend.census(artifact, shapes).to_json(), "compression": None, "unread": None}
+    if arguments["before"] is None or backend.contents is None:
+        return answer
+    try:
+        answer["compression"] = compression.compared(backend.contents(artifact, {}), arguments["before"])
+    except Exception as error:  # of a reader: the artifact itself is not at fault, and its manifest says so
+        answer["unread"] = compression.why_not(error)
+    return answer
 
 
 def write_inputs(arguments: Mapping[str, Any], progress: Progress) -> None:

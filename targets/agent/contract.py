@@ -9,7 +9,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable, ContextManager, Dict, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Callable,
+    ContextManager,
+    Dict,
+    List,
+    Mapping,
+    Optional,
+    Sequence,
+    Tuple,
+    Union,
+)
+
+if TYPE_CHECKING:
+    from portcall.targets.agent.contents import Contents
 
 Dim = Union[int, str]
 """A dimension: a fixed size, or the name of a dynamic one."""
@@ -107,7 +122,8 @@ class Source:
     """The model as it came in, opened and checked: see ``portcall.source``.
 
     format: "onnx", "pt2" or "torch" (a factory). path: the file that can be lowered (``.onnx``, or the
-    ``.pt2`` that a factory was exported to). example_shapes: the concrete shape of every input.
+    ``.pt2`` that a factory was exported to). example_shapes: the concrete shape of every input. notes: sentences for
+    the manifest on what opening it changed (parametrizations folded).
     """
 
     spec: str
@@ -117,6 +133,7 @@ class Source:
     inputs: Tuple[TensorSpec, ...]
     outputs: Tuple[TensorSpec, ...]
     example_shapes: Mapping[str, Tuple[int, ...]]
+    notes: Tuple[str, ...] = ()
 
     def to_json(self) -> Dict[str, Any]:
         return {
@@ -127,6 +144,7 @@ class Source:
             "inputs": [t.to_json() for t in self.inputs],
             "outputs": [t.to_json() for t in self.outputs],
             "example_shapes": {k: list(v) for k, v in self.example_shapes.items()},
+            "notes": list(self.notes),
         }
 
     @staticmethod
@@ -139,6 +157,7 @@ class Source:
             inputs=tuple(TensorSpec.from_json(t) for t in data["inputs"]),
             outputs=tuple(TensorSpec.from_json(t) for t in data["outputs"]),
             example_shapes={k: tuple(v) for k, v in data["example_shapes"].items()},
+            notes=tuple(data.get("notes", ())),
         )
 
 
@@ -429,6 +448,8 @@ class Backend:
     lower(source, dir): once per model and graph kind, cached. export(graph, recipe, ranges, dir) writes the
     files of one artifact. load(artifact, workload): a context manager of a Session. census(artifact, shapes):
     counts integer arithmetic (shapes: source input name -> concrete shape).
+    contents(artifact, shapes): reads what the files hold (weights with their zeros, operators) without running them;
+    shapes as for census, empty where nobody asks for multiply-accumulates. artifact may be a bare file.
     finish(artifact, workload, dir): on the device, writes what it builds of the artifact (an engine, a compiled model)
     into *dir* and returns its file's name; cached by the agent, and given to load as ``Artifact.finished``.
     interpret: like load, for a backend whose runtime is not at hand where it exports: runs the portable part of the
@@ -448,3 +469,4 @@ class Backend:
     example: str
     interpret: Optional[Callable[[Artifact, Workload], ContextManager[Session]]] = None
     finish: Optional[Callable[[Artifact, Workload, Path], str]] = None
+    contents: Optional[Callable[[Artifact, Mapping[str, Tuple[int, ...]]], Contents]] = None

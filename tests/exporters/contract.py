@@ -60,6 +60,7 @@ LIGHT = {
     "portcall.exporters",
     "portcall.targets",
     "portcall.targets.agent",
+    "portcall.targets.agent.contents",
     "portcall.targets.agent.contract",
     "portcall.targets.agent.errors",
     "portcall.targets.agent.probing",
