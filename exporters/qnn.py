@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple, Union
 
+from portcall.targets.agent.contents import Contents
 from portcall.targets.agent.contract import (
     Artifact,
     Available,
@@ -164,6 +165,12 @@ def census(artifact: Artifact, shapes: Mapping[str, Tuple[int, ...]]) -> Census:
     return _onnx.census(artifact.path, shapes)
 
 
+def contents(artifact: Artifact, shapes: Mapping[str, Tuple[int, ...]]) -> Contents:
+    from portcall.exporters import _contents_onnx
+
+    return _contents_onnx.read(artifact.path, shapes)
+
+
 @contextmanager
 def load(artifact: Artifact, workload: Workload) -> Iterator[Session]:
     """Run the context of this device's architecture: the first that QNN loads. Unproven: no such device was at hand.
@@ -292,6 +299,7 @@ BACKEND = Backend(
     export=export,
     load=load,
     census=census,
+    contents=contents,
     example=EXAMPLE,
     interpret=interpret,
 )
