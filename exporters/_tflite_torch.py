@@ -47,9 +47,9 @@ def _check_size(source: Source) -> None:
             math.prod(t.dims) * onnx.helper.tensor_dtype_to_np_dtype(t.data_type).itemsize for t in tensors
         )
     else:
-        import torch
+        from portcall.source_torch import load_program
 
-        state = torch.export.load(source.path).state_dict.values()
+        state = load_program(source.path).state_dict.values()
         size = sum(t.numel() * t.element_size() for t in state)
     if size > LARGEST_BYTES:
         raise UnsupportedError(
@@ -87,9 +87,9 @@ def _program(source: Source, directory: Path) -> Tuple[Any, Tuple[Any, ...], Dic
     """Return the exported program as a module, and its example inputs at the example shapes."""
     import torch
 
-    from portcall.source_torch import flat_examples
+    from portcall.source_torch import flat_examples, load_program
 
-    program = torch.export.load(source.path)
+    program = load_program(source.path)
     leaves = []
     for spec, example in zip(source.inputs, flat_examples(program)):
         shape = source.example_shapes[spec.name]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,15 +82,7 @@ def _with_shapes(source: Source, shapes: Mapping[str, tuple[int, ...]]) -> Sourc
             raise BadInput(
                 f"--shape {name}={'x'.join(map(str, shape))} does not fit", f"The input is {specs[name]}"
             )
-    return Source(
-        source.spec,
-        source.format,
-        source.path,
-        source.sha256,
-        source.inputs,
-        source.outputs,
-        {**source.example_shapes, **shapes},
-    )
+    return replace(source, example_shapes={**source.example_shapes, **shapes})
 
 
 def fits(spec: tuple[Dim, ...], shape: tuple[int, ...]) -> bool:

@@ -16,7 +16,7 @@ import numpy as np
 
 from portcall.calibration.data import open_data, survey
 from portcall.source import open_reference
-from portcall.source_torch import flat_examples
+from portcall.source_torch import flat_examples, load_program
 from portcall.targets.agent import memory
 from portcall.targets.agent.contract import Artifact, Graph, Range, Recipe, Source, TensorSpec
 from portcall.targets.agent.errors import BadInput, CellFailed, PortcallError
@@ -124,9 +124,7 @@ def has_examples(arguments: Mapping[str, Any], progress: Progress) -> bool:
 
 def _examples(source: Source) -> Arrays:
     """Return the example inputs of a torch source, cut to its example shapes where the batch is dynamic."""
-    import torch
-
-    program = torch.export.load(source.path)
+    program = load_program(source.path)
     flat = [t.numpy() for t in flat_examples(program)]
     shapes = source.example_shapes
     return {

@@ -107,7 +107,8 @@ class Source:
     """The model as it came in, opened and checked: see ``portcall.source``.
 
     format: "onnx", "pt2" or "torch" (a factory). path: the file that can be lowered (``.onnx``, or the
-    ``.pt2`` that a factory was exported to). example_shapes: the concrete shape of every input.
+    ``.pt2`` that a factory was exported to). example_shapes: the concrete shape of every input. quantized: its
+    activations are quantized with scales of its own (Q/DQ, quantization-aware training).
     """
 
     spec: str
@@ -117,6 +118,7 @@ class Source:
     inputs: Tuple[TensorSpec, ...]
     outputs: Tuple[TensorSpec, ...]
     example_shapes: Mapping[str, Tuple[int, ...]]
+    quantized: bool = False
 
     def to_json(self) -> Dict[str, Any]:
         return {
@@ -127,6 +129,7 @@ class Source:
             "inputs": [t.to_json() for t in self.inputs],
             "outputs": [t.to_json() for t in self.outputs],
             "example_shapes": {k: list(v) for k, v in self.example_shapes.items()},
+            "quantized": self.quantized,
         }
 
     @staticmethod
@@ -139,6 +142,7 @@ class Source:
             inputs=tuple(TensorSpec.from_json(t) for t in data["inputs"]),
             outputs=tuple(TensorSpec.from_json(t) for t in data["outputs"]),
             example_shapes={k: tuple(v) for k, v in data["example_shapes"].items()},
+            quantized=bool(data.get("quantized", False)),
         )
 
 
