@@ -23,7 +23,8 @@ def convert(source: Source, directory: Path) -> bytes:
     _check_size(source)
     import litert_torch
 
-    module, args, kwargs = (_onnx if source.format == "onnx" else _program)(source, directory)
+    from_onnx = source.format == "onnx" or source.quantized
+    module, args, kwargs = (_onnx if from_onnx else _program)(source, directory)
     path = directory / "converted.tflite"
     try:
         litert_torch.convert(module, args, kwargs or None).export(str(path))
@@ -59,14 +60,17 @@ def _check_size(source: Source) -> None:
 
 
 def _onnx(source: Source, directory: Path) -> Tuple[Any, Tuple[Any, ...], Dict[str, Any]]:
-    """Return the canonical ONNX graph as a torch module, and example inputs."""
+    """Return the canonical ONNX graph as a torch module, and example inputs; the float graph of a quantized source."""
     import torch
 
-    from portcall.exporters import _onnx, _onnx_to_torch
+    from portcall.exporters import _onnx, _onnx_to_torch, _trained_tflite
 
     folder = directory / "onnx"
     folder.mkdir()
-    module = _onnx_to_torch.to_module(_onnx.lower(source, folder).path).eval()
+    path = _onnx.lower(source, folder).path
+    if source.quantized:
+        path = _trained_tflite.write_float(path, directory)
+    module = _onnx_to_torch.to_module(path).eval()
     quantizing = ("QuantizeLinear", "DequantizeLinear")
     found = [n for n, child in module.nodes.named_children() if type(child).__name__ in quantizing]
     if found:  # litert-torch has no form for scales per channel, and the ranges would be quantized twice
