@@ -250,11 +250,8 @@ def make_symmetric(model: Any) -> None:
     _dequantize_biases(model)
     read(model)  # refuses what cannot be changed
     graph, constants = model.graph, _constants(model)
-    graph_nodes = list(graph.node)
-    del graph.node[:]
-    for number, node in enumerate(graph_nodes):
+    for number, node in enumerate(graph.node):
         constant = node.op_type == "DequantizeLinear" and node.input[0] in constants
-        graph.node.append(node)
         if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
             continue
         found = _parameters(node, constants, True)

@@ -54,8 +54,8 @@ def write_float(path: Path, directory: Path) -> Path:
 def attach(source: Source, flatbuffer: Path) -> None:
     """Write FILE beside *flatbuffer*, in place of that of ``write_float``, whose graph is deleted: the tensors of the source, and what each tensor of the flatbuffer takes.
 
-    Keys: "entries"; "activations" and "weights" (flatbuffer's tensor -> "source", "quantization"); "derived" (tensor ->
-    "source", "range"); "missing": tensors whose ranges only data can tell.
+    Keys: "entries"; "activations" and "weights" (flatbuffer's tensor -> "source", "quantization", "same": all trained
+    tensors of its values); "derived" (tensor -> "source", "range"); "missing": tensors whose ranges only data can tell.
     Raises UnsupportedError, naming the layer, for a weight that the conversion changed.
     """
     from portcall.exporters import _tflite
@@ -64,12 +64,15 @@ def attach(source: Source, flatbuffer: Path) -> None:
     entries = [Entry.from_json(e) for e in load(flatbuffer)["entries"]]
     model = _tflite._read(flatbuffer.read_bytes())
     tapped = _tflite.tapped_tensors(flatbuffer)
-    activations = _activations(source, float_onnx, entries, flatbuffer, tapped)
+    twins = _activations(source, float_onnx, entries, flatbuffer, tapped)
+    activations = {name: found[0] for name, found in twins.items()}
     derived = _derived(model, tapped, activations)
     missing = [n for n in dict.fromkeys(tapped.values()) if n not in activations and n not in derived]
     answer = {
         "entries": [e.to_json() for e in entries],
-        "activations": {n: _plain(e, e.quantization) for n, e in activations.items()},
+        "activations": {
+            n: {**_plain(e, e.quantization), "same": [t.tensor for t in twins[n]]} for n, e in activations.items()
+        },
         "derived": {n: {"source": s, "range": r.to_json()} for n, (s, r) in derived.items()},
         "weights": _weights(model, float_onnx, entries),
         "missing": missing,
@@ -134,15 +137,15 @@ def _plain(entry: Entry, quantization: Quantization) -> Dict[str, Any]:
 
 def _activations(
     source: Source, float_onnx: Path, entries: Sequence[Entry], flatbuffer: Path, tapped: Mapping[int, str]
-) -> Dict[str, Entry]:
-    """Return the flatbuffer's tensors that hold the values of a trained one; a shape's inputs are random."""
+) -> Dict[str, List[Entry]]:
+    """Return the flatbuffer's tensors that hold the values of trained ones on random inputs, the nearest first."""
     import numpy as np
 
     trained: Dict[str, Entry] = {}
     for entry in entries:
         if not entry.is_weight:
             trained.setdefault(entry.tensor, entry)
-    found: Dict[str, Entry] = {}
+    found: Dict[str, List[Entry]] = {}
     theirs: List[Dict[str, Any]] = []
     ours: List[Dict[int, Any]] = []
     for seed in range(SAMPLES):
@@ -151,18 +154,17 @@ def _activations(
         values = _run_flatbuffer(flatbuffer, sample, list(tapped))
         ours.append({i: np.sort(v, None) for i, v in values.items()})
     for index, name in tapped.items():
-        best: Optional[str] = None
-        distance = TOLERANCE
+        near = []
         for tensor in trained:
             pairs = [(t[tensor], o[index]) for t, o in zip(theirs, ours)]
             if any(a.size != b.size for a, b in pairs):
                 continue
             reach = max(max(float(np.abs(a).max(initial=0)) for a, _ in pairs), 1e-30)
             apart = max(float(np.abs(a - b).max(initial=0)) for a, b in pairs) / reach
-            if apart < distance:
-                best, distance = tensor, apart
-        if best is not None:
-            found[name] = trained[best]
+            if apart < TOLERANCE:
+                near.append((apart, len(near), tensor))
+        if near:
+            found[name] = [trained[tensor] for _, _, tensor in sorted(near)]
     return found
 
 
