@@ -164,6 +164,11 @@ def export(arguments: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
     missing = [name for name in exported.files if not (directory / name).is_file()]
     if missing:
         raise CellFailed(f"the exporter left no {missing[0]}", "See the log; is the disk full?")
+    trained, told = None, ()  # type: dict[str, Any] | None, tuple[str, ...]
+    if graph.source.quantized:
+        from portcall.exporters import _trained_check
+
+        trained, told = _trained_check.check(backend.name, graph, directory / exported.entry)
     return {
         "entry": exported.entry,
         "files": list(exported.files),
@@ -172,7 +177,8 @@ def export(arguments: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
         "versions": dict(exported.versions),
         "min_runtime": exported.min_runtime,
         "peak_rss_bytes": memory.peak_rss_bytes(),
-        "notes": [*exported.notes, *_equalization(graph, arguments)],
+        "notes": [*exported.notes, *told, *_equalization(graph, arguments)],
+        "trained": trained,
     }
 
 
