@@ -1,8 +1,8 @@
 """The quantization that a model was trained with: read from the Q/DQ pairs of an ONNX graph, kept, or taken off.
 
-A pair is QuantizeLinear and DequantizeLinear (ONNX operator specification): x = (q - zero_point) * scale. Operators that
-only move or choose elements may stand between the two. A constant behind a DequantizeLinear is a weight; an int32 one is
-a bias, whose scale follows from its layer's and is no parameter of its own.
+A pair is QuantizeLinear and DequantizeLinear (ONNX operator specification): x = (q - zero_point) * scale. Operators
+that only move or choose elements may stand between the two. A constant behind a DequantizeLinear is a weight; an int32
+one is a bias, whose scale follows from its layer's and is no parameter of its own.
 """
 
 from __future__ import annotations
@@ -15,9 +15,22 @@ from portcall.targets.agent.contract import Range
 from portcall.targets.agent.errors import UnsupportedError
 
 MOVING = (
-    "Concat DepthToSpace Expand Flatten Gather Identity MaxPool Reshape Slice SpaceToDepth Split Squeeze Tile "
-    "Transpose Unsqueeze"
-).split()
+    "Concat",
+    "DepthToSpace",
+    "Expand",
+    "Flatten",
+    "Gather",
+    "Identity",
+    "MaxPool",
+    "Reshape",
+    "Slice",
+    "SpaceToDepth",
+    "Split",
+    "Squeeze",
+    "Tile",
+    "Transpose",
+    "Unsqueeze",
+)
 """Operators that give the values that they take, so that they compute on quantized integers as well."""
 INTEGER_LIMITS: Mapping[str, Tuple[int, int]] = {
     "int4": (-8, 7),

@@ -22,15 +22,16 @@ Found = Dict[Key, List[Quantization]]
 
 BACKENDS = ("onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "coreml", "tflite", "tflite_micro")
 """Backends that take quantized sources: those whose artifacts are read back here."""
-ROUNDING = 2e-7
+HALF = "rounded to float16"
+ROUNDING = 4e-7
 """Relative, of a scale in OpenVINO's files, which hold the ends of its range as float32."""
 
 
 def check(backend: str, graph: Graph, entry: Path) -> Tuple[Dict[str, Any], Tuple[str, ...]]:
     """Return the record of the manifest and notes in words, read from the artifact's file or folder *entry*.
 
-    The record: "activations" and "weights" of the source, "kept" of both, and "changed": [{"tensor", "trained",
-    "used"}], used None where the format has no such tensor (a fused operator's inner one).
+    The record: "activations" and "weights" of the source, "kept" of both, and "changed": [{"tensor", "layer",
+    "trained", "used", "reason"}], used None where the format has no such tensor (a fused operator's inner one).
     Raises VerificationFailed with the layers whose scales are neither the trained nor the expected ones.
     """
     import onnx
@@ -57,15 +58,14 @@ def check(backend: str, graph: Graph, entry: Path) -> Tuple[Dict[str, Any], Tupl
     for trained in entries:
         key = (trained.tensor, trained.is_weight)
         if key in absent:
-            changed.append({"tensor": trained.tensor, "trained": str(trained.quantization), "used": None})
+            changed.append(_change(trained, None, "the format has no tensor of its own for it"))
             continue
         wrong, used = _compare(backend, trained, found.get(key, []))
         if wrong is not None:
             lost.append(f"{trained.label} {wrong}")
         elif used is not None:
-            changed.append(
-                {"tensor": trained.tensor, "trained": str(trained.quantization), "used": str(used)}
-            )
+            half = backend == "coreml"
+            changed.append(_change(trained, used, HALF if half else "the format needs zero point 0"))
     if lost:
         shown = "; ".join(lost[:3]) + (f"; and {len(lost) - 3} more" if len(lost) > 3 else "")
         raise VerificationFailed(
@@ -81,14 +81,28 @@ def check(backend: str, graph: Graph, entry: Path) -> Tuple[Dict[str, Any], Tupl
     return record, _notes(record)
 
 
+def _change(entry: Entry, used: Optional[Quantization], reason: str) -> Dict[str, Any]:
+    return {
+        "tensor": entry.tensor,
+        "layer": entry.layer,
+        "trained": str(entry.quantization),
+        "used": None if used is None else str(used),
+        "reason": reason,
+    }
+
+
 def _notes(record: Mapping[str, Any]) -> Tuple[str, ...]:
     total = record["activations"] + record["weights"]
     notes = [f"trained scales: {record['kept']} of {total} kept (read back from the artifact)"]
-    for change in record["changed"][:8]:
+    rounded = [c for c in record["changed"] if c["reason"] == HALF]
+    if rounded:
+        notes.append(f"trained scales rounded to float16, in which this format computes: {len(rounded)}")
+    others = [c for c in record["changed"] if c["reason"] != HALF]
+    for change in others[:8]:
         became = change["used"] or "has no tensor of its own in this format"
         notes.append(f"trained scale of {change['tensor']!r}: {change['trained']}, used: {became}")
-    if len(record["changed"]) > 8:
-        notes.append(f"{len(record['changed']) - 8} more trained scales changed: see trained.changed")
+    if len(others) > 8:
+        notes.append(f"{len(others) - 8} more trained scales changed: see trained.changed")
     return tuple(notes)
 
 
@@ -242,7 +256,9 @@ def _in_openvino(path: Path, model: Any, entries: Sequence[Entry]) -> Found:
             for port in layer.findall("output/port")
             for name in re.split(r"(?<!\\),", port.get("names", ""))
         ]
-        keys = list(dict.fromkeys(ends[n.replace("\\,", ",")] for n in names if n.replace("\\,", ",") in ends))
+        keys = list(
+            dict.fromkeys(ends[n.replace("\\,", ",")] for n in names if n.replace("\\,", ",") in ends)
+        )
         if not keys:
             continue
         used: Optional[Quantization] = None
@@ -251,7 +267,7 @@ def _in_openvino(path: Path, model: Any, entries: Sequence[Entry]) -> Found:
             steps = int(layer.find("data").get("levels")) - 1
             if low is not None and high is not None:
                 scale = (float(high[0]) - float(low[0])) / steps
-                used = Quantization((scale,), (int(round(-128 - float(low[0]) / scale)),), -128, 127)
+                used = Quantization((scale,), (round(-128 - float(low[0]) / scale),), -128, 127)
         elif layer.get("type") == "Multiply":
             scales = read(layer, 1)
             if scales is not None:
@@ -318,13 +334,14 @@ def _in_coreml(package: Path, model: Any, entries: Sequence[Entry]) -> Found:
             data = np.sort(np.asarray(operation.quantized_data.val), None)
             keys = [key for key, held in weights.items() if np.array_equal(held, data)]
         elif operation.op_type == "quantize":
-            keys = [made[n] for n in [origin.get(operation.input.name, "")] if n in made]
+            key = _by_name(made, origin.get(operation.input.name, ""))
+            keys = [] if key is None else [key]
         elif operation.op_type == "dequantize":
             follows = readers.get(operation.outputs[0].name, [])
-            by_reader = [k for n in follows for k in read.get(n, ())]
+            by_reader = [k for n in follows for k in _by_name(read, n) or ()]
             keys = by_reader if len(set(by_reader)) == 1 else []
-            name = _plain(operation.name)
-            keys += [own[name]] if name in own and not keys else []
+            key = _by_name(own, _plain(operation.name))
+            keys += [key] if key is not None and not keys else []
         if keys:
             used = _mil_quantization(operation)
             for key in dict.fromkeys(keys):
@@ -344,9 +361,9 @@ def _around(
     for node in model.graph.node:
         name = _identifier(node.name)
         if node.op_type == "DequantizeLinear":
-            own.update({name: ends[o] for o in node.output if o in ends})
+            own.update((name, ends[o]) for o in node.output if o in ends)
             continue
-        made.update({name: (o, False) for o in node.output if o in known})
+        made.update((name, (o, False)) for o in node.output if o in known)
         keys = [ends[i] for i in node.input if i in ends]
         if keys:
             read[name] = keys
@@ -382,6 +399,11 @@ def _mil_quantization(operation: Any) -> Quantization:
         unsigned = np.asarray(operation.quantized_data.val).dtype == np.uint8
     low, high = (0, 255) if unsigned else (-128, 127)
     return Quantization(tuple(float(s) for s in scale), tuple(int(z) for z in zeros), low, high)
+
+
+def _by_name(known: Mapping[str, Any], name: str) -> Any:
+    """Return what an operator's name stands for, numbered by a converter or not; None for others."""
+    return known.get(name, known.get(re.sub(r"_\d+$", "", name)))
 
 
 def _plain(name: str) -> str:

@@ -23,10 +23,28 @@ SAMPLES = 2
 TOLERANCE = 1e-4
 """Of the largest magnitude: float32 kernels add in orders of their own."""
 INSIDE = (
-    "AVERAGE_POOL_2D BATCH_TO_SPACE_ND BROADCAST_TO DEPTH_TO_SPACE EXPAND_DIMS GATHER MAX_POOL_2D MEAN PAD RESHAPE "
-    "RESIZE_BILINEAR RESIZE_NEAREST_NEIGHBOR SLICE SPACE_TO_BATCH_ND SPACE_TO_DEPTH SPLIT SQUEEZE STRIDED_SLICE TILE "
-    "TRANSPOSE UNPACK"
-).split()
+    "AVERAGE_POOL_2D",
+    "BATCH_TO_SPACE_ND",
+    "BROADCAST_TO",
+    "DEPTH_TO_SPACE",
+    "EXPAND_DIMS",
+    "GATHER",
+    "MAX_POOL_2D",
+    "MEAN",
+    "PAD",
+    "RESHAPE",
+    "RESIZE_BILINEAR",
+    "RESIZE_NEAREST_NEIGHBOR",
+    "SLICE",
+    "SPACE_TO_BATCH_ND",
+    "SPACE_TO_DEPTH",
+    "SPLIT",
+    "SQUEEZE",
+    "STRIDED_SLICE",
+    "TILE",
+    "TRANSPOSE",
+    "UNPACK",
+)
 """Operators whose results lie within the range of their first input and zero."""
 FIXED: Mapping[str, Range] = {
     "LOGISTIC": Range(0.0, 255 / 256),
@@ -52,10 +70,11 @@ def write_float(path: Path, directory: Path) -> Path:
 
 
 def attach(source: Source, flatbuffer: Path) -> None:
-    """Write FILE beside *flatbuffer*, in place of that of ``write_float``, whose graph is deleted: the tensors of the source, and what each tensor of the flatbuffer takes.
+    """Write FILE beside *flatbuffer*, in place of that of ``write_float``, whose graph is deleted.
 
-    Keys: "entries"; "activations" and "weights" (flatbuffer's tensor -> "source", "quantization", "same": all trained
-    tensors of its values); "derived" (tensor -> "source", "range"); "missing": tensors whose ranges only data can tell.
+    It holds the tensors of the source, and what each tensor of the flatbuffer takes: "entries"; "activations" and
+    "weights" (flatbuffer's tensor -> "source", "quantization", "same": all trained tensors of its values); "derived"
+    (tensor -> "source", "range"); "missing": tensors whose ranges only data can tell.
     Raises UnsupportedError, naming the layer, for a weight that the conversion changed.
     """
     from portcall.exporters import _tflite
@@ -71,7 +90,8 @@ def attach(source: Source, flatbuffer: Path) -> None:
     answer = {
         "entries": [e.to_json() for e in entries],
         "activations": {
-            n: {**_plain(e, e.quantization), "same": [t.tensor for t in twins[n]]} for n, e in activations.items()
+            n: {**_plain(e, e.quantization), "same": [t.tensor for t in twins[n]]}
+            for n, e in activations.items()
         },
         "derived": {n: {"source": s, "range": r.to_json()} for n, (s, r) in derived.items()},
         "weights": _weights(model, float_onnx, entries),
@@ -244,8 +264,10 @@ def _derived(model: Any, tapped: Mapping[int, str], known: Mapping[str, Entry]) 
     for op, kind in operators:
         for index in {int(i) for i in op.inputs}:
             readers.setdefault(index, []).append((op, kind))
-    for op, kind in reversed(operators):
-        for index in map(int, op.outputs):  # what one clipping or moving operator alone reads takes its result's range
+    for op, _ in reversed(operators):
+        for index in map(
+            int, op.outputs
+        ):  # what one clipping or moving operator alone reads takes its result's range
             if index not in tapped or of(index) is not None or len(readers.get(index, ())) != 1:
                 continue
             [(reader, reader_kind)] = readers[index]
@@ -267,7 +289,9 @@ def _weights(model: Any, float_onnx: Path, entries: Sequence[Entry]) -> Dict[str
 
     trained = [e for e in entries if e.is_weight]
     initializers = {t.name: t for t in onnx.load(str(float_onnx)).graph.initializer}
-    arrays = {e.tensor: numpy_helper.to_array(initializers[e.tensor]) for e in trained if e.tensor in initializers}
+    arrays = {
+        e.tensor: numpy_helper.to_array(initializers[e.tensor]) for e in trained if e.tensor in initializers
+    }
     found: Dict[str, Any] = {}
     placed = set()
     for op, kind in _tflite.operators(model):
@@ -296,7 +320,11 @@ def _weights(model: Any, float_onnx: Path, entries: Sequence[Entry]) -> Dict[str
 def _holds(array: Any, value: Any) -> bool:
     import numpy as np
 
-    return array is not None and array.size == value.size and bool((np.sort(array, None) == np.sort(value, None)).all())
+    return (
+        array is not None
+        and array.size == value.size
+        and bool((np.sort(array, None) == np.sort(value, None)).all())
+    )
 
 
 def _along(entry: Entry, array: Any, value: Any, axis: int) -> Optional[Quantization]:

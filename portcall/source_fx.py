@@ -122,7 +122,10 @@ class _Rewriter:
         """Return the float equivalent of *node* in the new graph."""
         import torch
 
-        if node.target is torch.quantize_per_tensor or (node.op, node.target) == ("call_method", "dequantize"):
+        if node.target is torch.quantize_per_tensor or (node.op, node.target) == (
+            "call_method",
+            "dequantize",
+        ):
             return made[node.args[0]]
         if node.op == "call_module":
             child = self._module.get_submodule(node.target)

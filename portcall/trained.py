@@ -48,7 +48,7 @@ def check_cell(cell: Cell, source: Source) -> None:
 
 
 def without_range(graph: Graph) -> Sequence[str]:
-    """Return the tensors of *graph* for which the source has no scale and nothing derives one; Q/DQ graphs have none."""
+    """Return the tensors of *graph* for which the source has no scale and nothing derives one; none in Q/DQ graphs."""
     if graph.kind != "tflite":
         return ()
     missing: list[str] = _trained_tflite.load(graph.path)["missing"]
