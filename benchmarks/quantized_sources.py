@@ -2,8 +2,8 @@
 
 Trains the networks of ``benchmarks/quantized_networks.py``, exports each to int8 on every backend that is installed,
 and prints per cell: scales kept and changed as read back from the artifact, accuracy of the fake-quantized source and
-of the artifact on the same digits, and their difference with its paired standard error, sqrt(b + c - (b - c)^2 / n) / n with b
-and c the samples that only one of the two has right (McNemar's counts).
+of the artifact on the same digits, and their difference with its paired standard error,
+sqrt(b + c - (b - c)^2 / n) / n with b and c the samples that only one of the two has right (McNemar's counts).
 
 Then it plants re-calibrated scales: one scale of an exported ONNX file, or flatbuffer, is multiplied by 1.1 and the
 read-back must name its layer.
