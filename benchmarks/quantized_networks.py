@@ -64,7 +64,7 @@ def train(model: Any, steps: int, rate: float) -> Any:
         wanted = torch.from_numpy(labels[chosen])
         loss = nn.functional.cross_entropy(model(torch.from_numpy(images[chosen])), wanted)
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]  # torch does not type it
         optimizer.step()
     return model
 
@@ -139,13 +139,16 @@ class FakeQuantized(nn.Module):
         return scale, round(-low / scale)
 
     def weight_scales(self, layer: Any) -> torch.Tensor:
-        return layer.weight.detach().abs().flatten(1).amax(1) / 127
+        scales: torch.Tensor = layer.weight.detach().abs().flatten(1).amax(1) / 127
+        return scales
 
     def activation(self, name: str, x: torch.Tensor) -> torch.Tensor:
         if self.training:  # a moving maximum, as observers keep
             low, high = self.ends[name]
-            self.ends[name] = [min(low * 0.99, float(x.min()), 0.0), max(high * 0.99, float(x.max()))]
-        return torch.fake_quantize_per_tensor_affine(x, *self.parameters_of(name), 0, 255)
+            x_low, x_high = (float(v) for v in x.detach().aminmax())
+            self.ends[name] = [min(low * 0.99, x_low, 0.0), max(high * 0.99, x_high)]
+        found: torch.Tensor = torch.fake_quantize_per_tensor_affine(x, *self.parameters_of(name), 0, 255)
+        return found
 
     def weight(self, layer: Any) -> torch.Tensor:
         scales = self.weight_scales(layer)

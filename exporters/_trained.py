@@ -8,7 +8,6 @@ one is a bias, whose scale follows from its layer's and is no parameter of its o
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from portcall.targets.agent.contract import Range
@@ -150,7 +149,7 @@ def read(model: Any) -> List[Entry]:
     Raises UnsupportedError, naming the node, for scales that are computed, for integers of more than 8 bits, for a pair
     whose halves differ, and for operators that compute on integers between the two.
     """
-    constants = _constants(model)
+    constants = constants_of(model)
     makers = {name: node for node in model.graph.node for name in node.output}
     readers: Dict[str, Any] = {}
     for node in model.graph.node:
@@ -162,7 +161,7 @@ def read(model: Any) -> List[Entry]:
     for node in model.graph.node:
         kind = node.op_type
         if kind == "QuantizeLinear":
-            name, found = node.input[0], _parameters(node, constants, True)
+            name, found = node.input[0], parameters(node, constants, True)
             assert found is not None
             root = roots.get(name, name)
             maker = makers.get(root)
@@ -174,9 +173,9 @@ def read(model: Any) -> List[Entry]:
             held[node.output[0]], roots[node.output[0]] = found, root
         elif kind == "DequantizeLinear":
             name, output = node.input[0], node.output[0]
-            found = _parameters(node, constants, name not in held)
+            found = parameters(node, constants, name not in held)
             if name in constants:
-                if found is not None and not _is_bias(constants[name]):
+                if found is not None and not is_bias(constants[name]):
                     _check_bits(node, found)
                     layer = readers[output].name if output in readers else node.name
                     entries[(output, found)] = Entry(output, layer, True, found)
@@ -203,139 +202,14 @@ def read(model: Any) -> List[Entry]:
     return list(entries.values())
 
 
-def split(model: Any) -> List[Entry]:
-    """Make the float model of *model* in place: pairs taken off, weights dequantized; return what was trained.
-
-    A weight goes by the name of what its DequantizeLinear gave. Raises as ``read`` does.
-    """
-    from onnx import helper, numpy_helper
-
-    entries = read(model)
-    constants = _constants(model)
-    graph = model.graph
-    renamed: Dict[str, str] = {}
-    kept = []
-    for node in graph.node:
-        if node.op_type == "DequantizeLinear" and node.input[0] in constants:
-            array = dequantized(node, constants)
-            graph.initializer.append(numpy_helper.from_array(array, node.output[0]))
-        elif node.op_type == "QuantizeLinear" and node.input[0] in constants:
-            constants[node.output[0]] = quantized(node, constants)
-        elif node.op_type in ("QuantizeLinear", "DequantizeLinear"):
-            renamed[node.output[0]] = renamed.get(node.input[0], node.input[0])
-        else:
-            kept.append(node)
-    for node in kept:
-        for index, name in enumerate(node.input):
-            node.input[index] = renamed.get(name, name)
-    for value in graph.output:
-        if value.name in renamed:
-            inputs = [renamed[value.name]]
-            kept.append(helper.make_node("Identity", inputs, [value.name], f"{value.name}_identity"))
-    del graph.node[:]
-    graph.node.extend(kept)
-    _finish(model)
-    return entries
-
-
-def normalize(model: Any) -> None:
-    """Store in place the weights that stand as floats before their pair as integers; pairs stay where they are."""
-    from onnx import numpy_helper
-
-    constants = _constants(model)
-    graph = model.graph
-    stored = [n for n in graph.node if n.op_type == "QuantizeLinear" and n.input[0] in constants]
-    for node in stored:
-        graph.initializer.append(numpy_helper.from_array(quantized(node, constants), node.output[0]))
-        graph.node.remove(node)
-    _finish(model)
-
-
-def make_symmetric(model: Any) -> None:
-    """Make every pair of a normalized model symmetric int8 (zero point 0) in place, biases float: TensorRT's form.
-
-    Scales stay where their integers fit int8 around 0; else they become the smallest that reach as far. Weights that
-    change are quantized again from the values that they stood for.
-    """
-    import numpy as np
-    from onnx import helper, numpy_helper
-
-    _dequantize_biases(model)
-    read(model)  # refuses what cannot be changed
-    graph, constants = model.graph, _constants(model)
-    for number, node in enumerate(graph.node):
-        constant = node.op_type == "DequantizeLinear" and node.input[0] in constants
-        if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
-            continue
-        found = _parameters(node, constants, True)
-        assert found is not None
-        new = found.symmetric()
-        if constant:
-            integers = np.asarray(constants[node.input[0]]).astype(np.int64)
-            shape = _shape_along(new.axis, integers.ndim)
-            old_scale, old_zero, scale = (
-                np.asarray(v).reshape(shape) for v in (found.scales, found.zero_points, new.scales)
-            )
-            values = (integers - old_zero) * (old_scale / scale)
-            values = np.clip(np.rint(values), -128, 127).astype(np.int8)
-            graph.initializer.append(numpy_helper.from_array(values, f"{node.output[0]}_symmetric_{number}"))
-            node.input[0] = f"{node.output[0]}_symmetric_{number}"
-        shape_of = () if new.axis is None else (-1,)
-        parameters = (
-            np.asarray(new.scales, np.float32).reshape(shape_of),
-            np.zeros(len(new.scales), np.int8).reshape(shape_of),
-        )
-        names = [f"{node.output[0]}_{word}_{number}" for word in ("scale", "zero_point")]
-        graph.initializer.extend(map(numpy_helper.from_array, parameters, names))
-        del node.input[1:]
-        node.input.extend(names)
-        for attribute in [a for a in node.attribute if a.name in ("output_dtype", "saturate")]:
-            node.attribute.remove(attribute)
-        if new.axis is None:
-            for attribute in [a for a in node.attribute if a.name == "axis"]:
-                node.attribute.remove(attribute)
-        elif not any(a.name == "axis" for a in node.attribute):
-            node.attribute.append(helper.make_attribute("axis", new.axis))
-    _finish(model)
-
-
-def write(path: Path, target: Path, symmetric: bool = False, float_bias: bool = False) -> Tuple[str, ...]:
-    """Write the ONNX file at *path* with its own pairs to *target*, weights stored as integers; return the file names.
-
-    symmetric: see ``make_symmetric``. float_bias: biases as floats.
-    """
-    import onnx
-
-    from portcall.exporters import _onnx
-
-    model = onnx.load(str(path))
-    normalize(model)
-    if symmetric:
-        make_symmetric(model)
-    if float_bias:
-        _dequantize_biases(model)
-    return _onnx.save(model, target)
-
-
-def _dequantize_biases(model: Any) -> None:
-    from onnx import numpy_helper
-
-    graph, constants = model.graph, _constants(model)
-    for node in list(graph.node):
-        if node.op_type == "DequantizeLinear" and _is_bias(constants.get(node.input[0])):
-            graph.initializer.append(numpy_helper.from_array(dequantized(node, constants), node.output[0]))
-            graph.node.remove(node)
-    _finish(model)
-
-
 def dequantized(node: Any, constants: Mapping[str, Any]) -> Any:
     """Return what a DequantizeLinear of a constant gives, as float32."""
     import numpy as np
 
-    found = _parameters(node, constants, True)
+    found = parameters(node, constants, True)
     assert found is not None
     integers = np.asarray(constants[node.input[0]]).astype(np.int64)
-    shape = _shape_along(found.axis, integers.ndim)
+    shape = shape_along(found.axis, integers.ndim)
     scale = np.asarray(found.scales, np.float32).reshape(shape)
     zero = np.asarray(found.zero_points, np.int64).reshape(shape)
     return ((integers - zero).astype(np.float32) * scale).astype(np.float32)
@@ -345,11 +219,11 @@ def quantized(node: Any, constants: Mapping[str, Any]) -> Any:
     """Return the integers that a QuantizeLinear of a constant gives: rounded half to even, saturated (ONNX)."""
     import numpy as np
 
-    found = _parameters(node, constants, True)
+    found = parameters(node, constants, True)
     assert found is not None
     _check_bits(node, found)
     values = np.asarray(constants[node.input[0]], np.float32)
-    shape = _shape_along(found.axis, values.ndim)
+    shape = shape_along(found.axis, values.ndim)
     scale = np.asarray(found.scales, np.float32).reshape(shape)
     zero = np.asarray(found.zero_points, np.int64).reshape(shape)
     integers = np.clip(np.rint(values / scale) + zero, found.low, found.high)
@@ -357,21 +231,21 @@ def quantized(node: Any, constants: Mapping[str, Any]) -> Any:
     return integers.astype(kind)
 
 
-def _shape_along(axis: Optional[int], rank: int) -> Sequence[int]:
+def shape_along(axis: Optional[int], rank: int) -> Sequence[int]:
     return [1] * rank if axis is None else [-1 if a == axis else 1 for a in range(rank)]
 
 
-def _constants(model: Any) -> Dict[str, Any]:
+def constants_of(model: Any) -> Dict[str, Any]:
     from onnx import numpy_helper
 
     return {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
 
 
-def _is_bias(array: Any) -> bool:
+def is_bias(array: Any) -> bool:
     return array is not None and str(array.dtype) == "int32"
 
 
-def _parameters(node: Any, constants: Mapping[str, Any], needed: bool) -> Optional[Quantization]:
+def parameters(node: Any, constants: Mapping[str, Any], needed: bool) -> Optional[Quantization]:
     """Return the quantization of one half of a pair. Raises UnsupportedError where its scale is computed."""
     import numpy as np
 
@@ -444,19 +318,3 @@ def _pair_end(node: Any, readers: Mapping[str, Any]) -> str:
 def _first_product(node: Any, readers: Mapping[str, Any]) -> str:
     reader = readers.get(_pair_end(node, readers))
     return str(reader.name if reader is not None else node.name)
-
-
-def _finish(model: Any) -> None:
-    """Drop the initializers that nothing reads any more, and stale types."""
-    from portcall.exporters import _onnx
-
-    graph = model.graph
-    read_names = {name for node in graph.node for name in _onnx._reads(node)} | {v.name for v in graph.output}
-    kept = [t for t in graph.initializer if t.name in read_names]
-    unread = {t.name for t in graph.initializer} - read_names
-    del graph.initializer[:]
-    graph.initializer.extend(kept)
-    inputs = [v for v in graph.input if v.name not in unread]
-    del graph.input[:]
-    graph.input.extend(inputs)
-    del graph.value_info[:]

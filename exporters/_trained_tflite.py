@@ -59,10 +59,10 @@ def write_float(path: Path, directory: Path) -> Path:
     """Write the float graph of the quantized ONNX graph at *path*, and FILE with what was trained, for ``attach``."""
     import onnx
 
-    from portcall.exporters import _onnx, _trained
+    from portcall.exporters import _onnx, _trained_rewrite
 
     model = onnx.load(str(path))
-    entries = _trained.split(model)
+    entries = _trained_rewrite.split(model)
     target = directory / FLOAT
     _onnx.save(model, target)
     (directory / FILE).write_text(json.dumps({"entries": [e.to_json() for e in entries]}))
@@ -174,7 +174,7 @@ def _activations(
         values = _run_flatbuffer(flatbuffer, sample, list(tapped))
         ours.append({i: np.sort(v, None) for i, v in values.items()})
     for index, name in tapped.items():
-        near = []
+        near: List[Any] = []
         for tensor in trained:
             pairs = [(t[tensor], o[index]) for t, o in zip(theirs, ours)]
             if any(a.size != b.size for a, b in pairs):

@@ -76,7 +76,7 @@ def export(graph: Graph, recipe: Recipe, ranges: Optional[Ranges], directory: Pa
         _onnx,
         _qdq,
         _qdq_symmetric,
-        _trained,
+        _trained_rewrite,
     )
     from portcall.exporters._mil import Program
 
@@ -94,7 +94,7 @@ def export(graph: Graph, recipe: Recipe, ranges: Optional[Ranges], directory: Pa
     path = graph.path
     if graph.source.quantized:
         path = directory / "quantized.onnx"
-        files, notes = _trained.write(graph.path, path, float_bias=True), (INT8_NOTE,)
+        files, notes = _trained_rewrite.write(graph.path, path, float_bias=True), (INT8_NOTE,)
     elif recipe.precision == "int8":
         assert ranges is not None
         _check_scheme(options)

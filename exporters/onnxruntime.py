@@ -50,12 +50,20 @@ def export(graph: Graph, recipe: Recipe, ranges: Optional[Ranges], directory: Pa
     import onnx
     import onnxruntime as ort
 
-    from portcall.exporters import _dynamic, _half_weights, _onnx, _opset, _qdq, _trained, _weight_only
+    from portcall.exporters import (
+        _dynamic,
+        _half_weights,
+        _onnx,
+        _opset,
+        _qdq,
+        _trained_rewrite,
+        _weight_only,
+    )
 
     path = directory / "model.onnx"
     notes: Tuple[str, ...] = ()
     if graph.source.quantized:
-        files = _trained.write(graph.path, path)
+        files = _trained_rewrite.write(graph.path, path)
     elif recipe.precision == "int8":
         assert ranges is not None
         files, notes = _qdq.quantize(graph, ranges, path, recipe.options)

@@ -105,7 +105,7 @@ def write_model(
     """Write *graph* as the ONNX file of a precision; return the names of its files, and notes."""
     import onnx
 
-    from portcall.exporters import _half, _onnx, _qdq_symmetric, _trained
+    from portcall.exporters import _half, _onnx, _qdq_symmetric, _trained_rewrite
 
     options, half = recipe.options, recipe.precision
     if recipe.precision == "fp32":
@@ -118,7 +118,7 @@ def write_model(
             raise UnsupportedError(
                 "the option float=fp16 rounds the scales that this model was trained with", "Leave it out"
             )
-        return _trained.write(graph.path, path, symmetric=True), ()
+        return _trained_rewrite.write(graph.path, path, symmetric=True), ()
     if recipe.precision == "int8":
         assert ranges is not None
         files, notes = _qdq_symmetric.quantize(graph, ranges, path, options)

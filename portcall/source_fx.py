@@ -221,6 +221,8 @@ def _layer(child: Any, weight: Any, bias: Any, kind: str, refused: Callable[[str
     ops = torch.ops.quantized_decomposed
 
     class Layer(torch.nn.Module):
+        bias: Any
+
         def __init__(self) -> None:
             super().__init__()
             self.register_buffer("integers", integers)
@@ -245,7 +247,7 @@ def _layer(child: Any, weight: Any, bias: Any, kind: str, refused: Callable[[str
 
     weight_axis = weight.q_per_channel_axis() if per_channel else 0
     scale, zero_point = (0.0, 0) if per_channel else (weight.q_scale(), weight.q_zero_point())
-    convolve = getattr(torch.nn.functional, f"conv{kind[-2]}d") if kind in _CONVOLUTIONS else None
+    convolve: Any = getattr(torch.nn.functional, f"conv{kind[-2]}d") if kind in _CONVOLUTIONS else None
     padding = getattr(child, "padding", None)
     if kind in _CONVOLUTIONS and child.padding_mode != "zeros":
         raise refused(f"padding mode {child.padding_mode}")

@@ -20,7 +20,9 @@ pytest.importorskip("torchao", reason="no torchao here: pip install torchao")
 from benchmarks import quantized_networks, quantized_sources  # after what they need is known to be there
 
 CELLS = ["onnxruntime:int8", "tflite:int8"]
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+pytestmark = pytest.mark.filterwarnings(  # torch.ao and torchao warn of their own age
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:torch.quantize_per_tensor:UserWarning"
+)
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +99,7 @@ def test_a_prepared_model_is_refused_with_the_fix() -> None:
     from portcall.source_fx import refuse_unconverted
 
     model = quantized_networks.fx_prepared(quantized_networks.Network())
-    with pytest.raises(BadInput, match="still observes: .* was not converted") as caught:
+    with pytest.raises(BadInput, match=r"still observes: .* was not converted") as caught:
         refuse_unconverted(model, "m:f")
     assert "convert_fx" in caught.value.fix and "convert_pt2e" in caught.value.fix
 
@@ -126,7 +128,8 @@ def test_dynamically_quantized_layers_are_refused_by_name() -> None:
 
     from portcall.source_fx import traceable
 
-    model = quantize_dynamic(torch.nn.Sequential(torch.nn.Linear(4, 4)))
+    layers = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    model = quantize_dynamic(layers)  # type: ignore[no-untyped-call]  # torch.ao does not type it
     with pytest.raises(UnsupportedError, match="layer '0'"):
         traceable(model, (torch.zeros(1, 4),), {}, "m:f")
 

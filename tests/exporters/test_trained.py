@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from portcall.core import UnsupportedError, VerificationFailed
-from portcall.exporters import _trained, _trained_check, get_backend
+from portcall.exporters import _trained, _trained_check, _trained_rewrite, get_backend
 from portcall.exporters._trained import Entry, Quantization
 from portcall.targets.agent.contract import Graph, Recipe, Source
 
@@ -92,7 +92,7 @@ def test_scales_are_read_whatever_way_weights_are_stored(stored: bool, int32_bia
 def test_normalizing_changes_no_output(stored: bool) -> None:
     made = model(stored)
     before = run(made)
-    _trained.normalize(made)
+    _trained_rewrite.normalize(made)
     assert not any(n.name == "QW" for n in made.graph.node)
     np.testing.assert_array_equal(run(made), before)
 
@@ -100,7 +100,7 @@ def test_normalizing_changes_no_output(stored: bool) -> None:
 def test_the_float_graph_holds_no_pair_and_is_near() -> None:
     made = model(int32_bias=True)
     before = run(made)
-    entries = _trained.split(made)
+    entries = _trained_rewrite.split(made)
     assert len(entries) == 3
     assert not any("Quantize" in n.op_type for n in made.graph.node)
     assert np.abs(run(made) - before).max() <= 0.05 + 0.02 * np.abs(WEIGHT).sum(1).max()
@@ -108,14 +108,14 @@ def test_the_float_graph_holds_no_pair_and_is_near() -> None:
 
 def test_symmetric_scales_are_kept_where_the_integers_fit() -> None:
     made = model()
-    _trained.normalize(made)
-    _trained.make_symmetric(made)
+    _trained_rewrite.normalize(made)
+    _trained_rewrite.make_symmetric(made)
     found = {e.tensor: e.quantization for e in _trained.read(made)}
     assert found["wd"].scales == tuple(map(float, SCALES)) and set(found["wd"].zero_points) == {0}
     assert found["r"].scales[0] == pytest.approx(0.05 * 255 / 127) and found["r"].zero_points == (0,)
     centred = model(zero=np.uint8(128))
-    _trained.normalize(centred)
-    _trained.make_symmetric(centred)
+    _trained_rewrite.normalize(centred)
+    _trained_rewrite.make_symmetric(centred)
     kept = {e.tensor: e.quantization for e in _trained.read(centred)}
     assert kept["the image"].scales == (float(np.float32(0.02)),)
 
