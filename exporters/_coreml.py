@@ -139,7 +139,7 @@ def convert(
                     convert_to="mlprogram",
                     compute_precision=precision,
                     minimum_deployment_target=getattr(ct.target, target),
-                    pass_pipeline=_coreml_pad.pipeline(),
+                    pass_pipeline=_coreml_pad.pipeline(source.quantized),
                     skip_model_load=True,
                 )
                 return model, target

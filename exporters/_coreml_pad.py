@@ -11,14 +11,20 @@ from typing import Any, List, Optional
 NAME = "portcall::fuse_pad"
 
 
-def pipeline() -> Any:
-    """Return coremltools' default passes with this one in front."""
+RESCALING = "common::distributive_quantized_binary_op_scale_normalization"
+"""Divides the scales around an addition by one of them: the same sums, by other scales than were trained."""
+
+
+def pipeline(keep_scales: bool = False) -> Any:
+    """Return coremltools' default passes with this one in front; keep_scales: without the one that changes scales."""
     from portcall.exporters._coreml_tools import coremltools
 
     ct = coremltools()
     _register()
     passes = ct.PassPipeline()
     passes.insert_pass(0, NAME)
+    if keep_scales:
+        passes.remove_passes([RESCALING])
     return passes
 
 

@@ -58,8 +58,9 @@ def _export_torch(source: Source, path: Path) -> None:
     import torch
 
     from portcall.exporters import _unsupported
+    from portcall.source_torch import load_program
 
-    program = torch.export.load(source.path)
+    program = load_program(source.path)
     args, kwargs = program.example_inputs
     try:
         exported = torch.onnx.export(
@@ -92,7 +93,9 @@ def _optimize(raw: Path, path: Path) -> None:
     options.add_session_config_entry(
         "session.optimized_model_external_initializers_file_name", path.name + ".data"
     )
-    ort.InferenceSession(str(raw), options, providers=["CPUExecutionProvider"])
+    # Of a quantized model they would quantize float weights and biases, and put pairs where it has none.
+    invented = ["WeightBiasQuantization", "QDQPropagationTransformer"]
+    ort.InferenceSession(str(raw), options, providers=["CPUExecutionProvider"], disabled_optimizers=invented)
     before = onnx.load(str(raw), load_external_data=False)
     model = onnx.load(str(path))
     known = {o.domain for o in before.opset_import} | {""}

@@ -31,11 +31,13 @@ def quantize(
     ranges: Optional[Ranges],
     options: Optional[Mapping[str, Any]] = None,
     hybrid: bool = True,
+    trained: Optional[Mapping[str, Any]] = None,
 ) -> Tuple[bytes, Tuple[str, ...]]:
     """Return the float flatbuffer at *path* quantized, and notes; float inputs and outputs stay float.
 
     Static precisions take *ranges* as they are (int16x8: as symmetric as its kernels); others use them for bias
     correction alone. options: "weights" ("channel" or "tensor"), "bias_correction", "keep_float": see ``Recipe``.
+    trained: of a quantized source (``_trained_tflite.load``): its scales, and *ranges* for what has none.
     hybrid: int8 may hold operators that quantize their activations at run time (TFLite-Micro has none).
     Raises CellFailed where *ranges* lacks a tensor, UnsupportedError for weights that LiteRT has no kernel for.
     """
@@ -43,10 +45,12 @@ def quantize(
     from ai_edge_quantizer.algorithm_manager import AlgorithmName
 
     from portcall.calibration.weights import scheme_of
-    from portcall.exporters import _qdq, _selection, _tflite, _tflite_correction
+    from portcall.exporters import _qdq, _selection, _tflite, _tflite_correction, _trained_tflite
 
     options = options or {}
     scheme = scheme_of(options)
+    if trained is not None:
+        ranges = _trained_tflite.ranges(trained, ranges)
     flatbuffer = path.read_bytes()
     model = _tflite._read(flatbuffer)
     operators = [(_tflite.operator_name(model, op), kind) for op, kind in _tflite.operators(model)]
@@ -93,6 +97,9 @@ def quantize(
     if precision in STATIC:
         assert ranges is not None
         calibration.update(_activation_ranges(model, _tflite.tapped_tensors(path), ranges))
+    if trained is not None:
+        assert ranges is not None
+        calibration.update(_trained_tflite.statistics(model, trained, ranges))
     result = work.quantize(calibration or None, enable_progress_bar=False, enable_progress_report=False)
     quantized = _tflite._read(bytes(result.quantized_model))
     _restore_signature(quantized, model)

@@ -23,7 +23,8 @@ def convert(source: Source, directory: Path) -> bytes:
     _check_size(source)
     import litert_torch
 
-    module, args, kwargs = (_onnx if source.format == "onnx" else _program)(source, directory)
+    from_onnx = source.format == "onnx" or source.quantized
+    module, args, kwargs = (_onnx if from_onnx else _program)(source, directory)
     path = directory / "converted.tflite"
     try:
         litert_torch.convert(module, args, kwargs or None).export(str(path))
@@ -47,9 +48,9 @@ def _check_size(source: Source) -> None:
             math.prod(t.dims) * onnx.helper.tensor_dtype_to_np_dtype(t.data_type).itemsize for t in tensors
         )
     else:
-        import torch
+        from portcall.source_torch import load_program
 
-        state = torch.export.load(source.path).state_dict.values()
+        state = load_program(source.path).state_dict.values()
         size = sum(t.numel() * t.element_size() for t in state)
     if size > LARGEST_BYTES:
         raise UnsupportedError(
@@ -59,14 +60,17 @@ def _check_size(source: Source) -> None:
 
 
 def _onnx(source: Source, directory: Path) -> Tuple[Any, Tuple[Any, ...], Dict[str, Any]]:
-    """Return the canonical ONNX graph as a torch module, and example inputs."""
+    """Return the canonical ONNX graph as a torch module, and example inputs; the float graph of a quantized source."""
     import torch
 
-    from portcall.exporters import _onnx, _onnx_to_torch
+    from portcall.exporters import _onnx, _onnx_to_torch, _trained_tflite
 
     folder = directory / "onnx"
     folder.mkdir()
-    module = _onnx_to_torch.to_module(_onnx.lower(source, folder).path).eval()
+    path = _onnx.lower(source, folder).path
+    if source.quantized:
+        path = _trained_tflite.write_float(path, directory)
+    module = _onnx_to_torch.to_module(path).eval()
     quantizing = ("QuantizeLinear", "DequantizeLinear")
     found = [n for n, child in module.nodes.named_children() if type(child).__name__ in quantizing]
     if found:  # litert-torch has no form for scales per channel, and the ranges would be quantized twice
@@ -87,9 +91,9 @@ def _program(source: Source, directory: Path) -> Tuple[Any, Tuple[Any, ...], Dic
     """Return the exported program as a module, and its example inputs at the example shapes."""
     import torch
 
-    from portcall.source_torch import flat_examples
+    from portcall.source_torch import flat_examples, load_program
 
-    program = torch.export.load(source.path)
+    program = load_program(source.path)
     leaves = []
     for spec, example in zip(source.inputs, flat_examples(program)):
         shape = source.example_shapes[spec.name]

@@ -77,6 +77,7 @@ def export(graph: Graph, recipe: Recipe, ranges: Optional[Ranges], directory: Pa
         _onnx,
         _qdq,
         _qdq_symmetric,
+        _trained_rewrite,
     )
     from portcall.exporters._mil import Program
 
@@ -92,7 +93,10 @@ def export(graph: Graph, recipe: Recipe, ranges: Optional[Ranges], directory: Pa
     notes: Tuple[str, ...] = ()
     files: Tuple[str, ...] = ()
     path = graph.path
-    if recipe.precision == "int8":
+    if graph.source.quantized:
+        path = directory / "quantized.onnx"
+        files, notes = _trained_rewrite.write(graph.path, path, float_bias=True), (INT8_NOTE,)
+    elif recipe.precision == "int8":
         assert ranges is not None
         _check_scheme(options)
         path = directory / "quantized.onnx"

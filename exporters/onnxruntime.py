@@ -51,11 +51,21 @@ def export(graph: Graph, recipe: Recipe, ranges: Optional[Ranges], directory: Pa
     import onnx
     import onnxruntime as ort
 
-    from portcall.exporters import _dynamic, _half_weights, _onnx, _opset, _qdq, _weight_only
+    from portcall.exporters import (
+        _dynamic,
+        _half_weights,
+        _onnx,
+        _opset,
+        _qdq,
+        _trained_rewrite,
+        _weight_only,
+    )
 
     path = directory / "model.onnx"
     notes: Tuple[str, ...] = ()
-    if recipe.precision == "int8":
+    if graph.source.quantized:
+        files = _trained_rewrite.write(graph.path, path)
+    elif recipe.precision == "int8":
         assert ranges is not None
         files, notes = _qdq.quantize(graph, ranges, path, recipe.options)
     elif recipe.precision == "int8-dynamic":

@@ -44,11 +44,14 @@ def export(graph: Graph, recipe: Recipe, ranges: Optional[Ranges], directory: Pa
     import onnx
     import openvino as ov
 
-    from portcall.exporters import _half_weights, _onnx, _qdq
+    from portcall.exporters import _half_weights, _onnx, _qdq, _trained_rewrite
 
     notes: Tuple[str, ...] = ()
     onnx_path = graph.path
-    if recipe.precision == "int8":
+    if graph.source.quantized:
+        onnx_path = directory / "qdq.onnx"
+        _trained_rewrite.write(graph.path, onnx_path)
+    elif recipe.precision == "int8":
         assert ranges is not None
         if recipe.options.get("weight_symmetric", True) is False:
             raise UnsupportedError(

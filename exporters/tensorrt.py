@@ -28,6 +28,7 @@ from portcall.targets.agent.contract import (
     Unavailable,
     Workload,
 )
+from portcall.targets.agent.errors import UnsupportedError
 from portcall.targets.agent.probing import probe_modules
 
 ENGINE = "model.engine"
@@ -105,7 +106,7 @@ def write_model(
     """Write *graph* as the ONNX file of a precision; return the names of its files, and notes."""
     import onnx
 
-    from portcall.exporters import _half, _onnx, _qdq_symmetric
+    from portcall.exporters import _half, _onnx, _qdq_symmetric, _trained_rewrite
 
     options, half = recipe.options, recipe.precision
     if recipe.precision == "fp32":
@@ -113,6 +114,12 @@ def write_model(
     files: Tuple[str, ...] = ()
     notes: Tuple[str, ...] = ()
     source = graph.path
+    if graph.source.quantized:
+        if options.get("float") == "fp16":
+            raise UnsupportedError(
+                "the option float=fp16 rounds the scales that this model was trained with", "Leave it out"
+            )
+        return _trained_rewrite.write(graph.path, path, symmetric=True), ()
     if recipe.precision == "int8":
         assert ranges is not None
         files, notes = _qdq_symmetric.quantize(graph, ranges, path, options)

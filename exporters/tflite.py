@@ -68,7 +68,7 @@ def lower(source: Source, directory: Path) -> Graph:
 
     A TRANSPOSE that a RESHAPE can replace is replaced: see ``_tflite_transpose``.
     """
-    from portcall.exporters import _tflite, _tflite_keras, _tflite_torch, _tflite_transpose
+    from portcall.exporters import _tflite, _tflite_keras, _tflite_torch, _tflite_transpose, _trained_tflite
 
     if source.format in ("keras", "savedmodel"):
         flatbuffer = _tflite_keras.convert(source)
@@ -78,6 +78,8 @@ def lower(source: Source, directory: Path) -> Graph:
     _tflite_transpose.simplify(model)
     path = directory / "graph.tflite"
     path.write_bytes(_tflite._write(model))
+    if source.quantized:
+        _trained_tflite.attach(source, path)
     names = {t.name: t.name for t in [*source.inputs, *source.outputs]}
     return Graph("tflite", path, hashlib.sha256(path.read_bytes()).hexdigest(), source, names)
 
@@ -85,14 +87,23 @@ def lower(source: Source, directory: Path) -> Graph:
 def export(graph: Graph, recipe: Recipe, ranges: Optional[Ranges], directory: Path) -> Exported:
     from importlib.metadata import version
 
-    from portcall.exporters import _tflite_io, _tflite_quantize, _tflite_transpose, _tflite_versions
+    from portcall.exporters import (
+        _tflite_io,
+        _tflite_quantize,
+        _tflite_transpose,
+        _tflite_versions,
+        _trained_tflite,
+    )
 
     options = recipe.options
     asked = _tflite_versions.parse_asked(options)
     flatbuffer = graph.path.read_bytes()
     notes: Tuple[str, ...] = ()
+    trained = _trained_tflite.load(graph.path) if graph.source.quantized else None
     if recipe.precision != "fp32":
-        flatbuffer, notes = _tflite_quantize.quantize(graph.path, recipe.precision, ranges, options)
+        flatbuffer, notes = _tflite_quantize.quantize(
+            graph.path, recipe.precision, ranges, options, trained=trained
+        )
     flatbuffer, permutations, more = _tflite_io.with_interface(
         flatbuffer, recipe.precision, options, "tflite"
     )

@@ -96,6 +96,7 @@ def export(graph: Graph, recipe: Recipe, ranges: Optional[Ranges], directory: Pa
         _tflm_firmware,
         _tflm_layers,
         _tflm_model,
+        _trained_tflite,
         tflite,
     )
 
@@ -108,9 +109,10 @@ def export(graph: Graph, recipe: Recipe, ranges: Optional[Ranges], directory: Pa
         )
     flatbuffer, notes = graph.path.read_bytes(), ()  # type: Tuple[bytes, Tuple[str, ...]]
     _tflm_model.check_interface(_tflite._read(flatbuffer))
+    trained = _trained_tflite.load(graph.path) if graph.source.quantized else None
     if recipe.precision != "fp32":
         flatbuffer, notes = _tflite_quantize.quantize(
-            graph.path, recipe.precision, ranges, options, hybrid=False
+            graph.path, recipe.precision, ranges, options, hybrid=False, trained=trained
         )
     flatbuffer, permutations, more = _tflite_io.with_interface(
         flatbuffer, recipe.precision, own, "tflite_micro"

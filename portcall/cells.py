@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import portcall
 from portcall import artifact as artifacts
-from portcall import compression
+from portcall import compression, trained
 from portcall.accuracy import Accuracy, BudgetExceeded, Scored, check_budget
 from portcall.calibrating import CalibrationOptions, observe
 from portcall.calibration.table import CalibrationTable, DataRecord, Section, table_sha256
@@ -97,11 +97,25 @@ class Cells:
         if error is not None:
             raise error
         backend = self._backends[cell.backend]
+        if self._source.quantized:
+            trained.check_cell(cell, self._source)
         graph = _once(self._graphs, backend.graph, lambda: self._lower(backend))
-        if backend.capabilities.precisions[cell.precision].calibrated:
+        if backend.capabilities.precisions[cell.precision].calibrated and self._needs_ranges(graph, cell):
             section = _once(self._sections, graph.kind, lambda: self._find_section(graph, cell.backend))
             if self._plan.method == "auto":
                 section.chosen(backend.capabilities.precisions[cell.precision].symmetric)
+
+    def _needs_ranges(self, graph: Graph, cell: Cell) -> bool:
+        """Tell whether calibration has to find ranges. Raises BadInput where that lacks DATA."""
+        if not self._source.quantized:
+            return True
+        missing = trained.without_range(graph)
+        if missing and self._calibration is None:
+            raise BadInput(
+                f"{cell}: {trained.no_range(missing)}",
+                f"Give DATA to calibrate these on: portcall export {self._plan.model} --to {cell} --data DATA -o DIR",
+            )
+        return bool(missing)
 
     def _lower(self, backend: Backend) -> Graph:
         return lower(self._work, self._source, backend, self._plan.equalize)
@@ -182,6 +196,7 @@ class Cells:
             "arithmetic": manifest["arithmetic"],
             "compression": manifest["compression"],
             "notes": manifest["notes"],
+            "trained": manifest["trained"],
         }
 
     def _find_section(self, graph: Graph, backend: str) -> Section:
@@ -322,6 +337,7 @@ class Cells:
             "versions": exported["versions"],
             "min_runtime": exported["min_runtime"],
             "notes": [*exported["notes"], *samples.notes, *(verified["eval"] or {}).get("warnings", ())],
+            "trained": exported["trained"],
             "arithmetic": census,
             "parity": verified["parity"],
             "eval": verified["eval"],

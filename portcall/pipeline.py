@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from portcall import artifact as artifacts
+from portcall import trained
 from portcall.accuracy import Accuracy, Scored
 from portcall.calibration.input_statistics import compare
 from portcall.calibration.methods import check_method
@@ -34,11 +35,6 @@ def run_export(work: Workspace, plan: ExportPlan) -> list[dict[str, Any]]:
     calibrated = [
         c for c in plan.cells if backends[c.backend].capabilities.precisions[c.precision].calibrated
     ]
-    if calibrated and plan.data is None and plan.table is None:
-        raise BadInput(
-            f"{calibrated[0]} needs calibration data, and neither --data nor --table was given",
-            f"Run: portcall export {plan.model} --to {calibrated[0]} --data DATA -o DIR",
-        )
     check_method(plan.method)
     plan.accuracy.check()
     table = None if plan.table is None else CalibrationTable.load(plan.table)
@@ -46,6 +42,13 @@ def run_export(work: Workspace, plan: ExportPlan) -> list[dict[str, Any]]:
         raise BadInput(f"{plan.table} holds no section", "Calibrate again")
     probing = {name: _attempt(partial(work.need, name, "export")) for name in backends}
     source = open_source(work, plan.model, plan.shapes)
+    if source.quantized:
+        trained.check_plan(plan, source)
+    elif calibrated and plan.data is None and plan.table is None:
+        raise BadInput(
+            f"{calibrated[0]} needs calibration data, and neither --data nor --table was given",
+            f"Run: portcall export {plan.model} --to {calibrated[0]} --data DATA -o DIR",
+        )
     if table is not None:
         _check_table(plan, table, source)
     _check_output(plan.output, source)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from portcall.parametrizations import fold, training_parts
 from portcall.source import Reference, require
+from portcall.source_fx import is_exported, is_quantized, refuse_unconverted, traceable
 from portcall.targets.agent.contract import Dim, Source, TensorSpec
 from portcall.targets.agent.errors import BadInput, UnsupportedError
 from portcall.user_code import load_callable
@@ -33,9 +34,10 @@ def _load_factory(spec: str) -> tuple[torch.nn.Module, tuple[Any, ...], dict[str
             "Return e.g. (model.eval(), (torch.zeros(1, 3, 224, 224),))",
         )
     module, examples = made[0], made[1]
-    if module.training:
+    refuse_unconverted(module, spec)
+    if module.training and not is_exported(module):
         raise BadInput(f"{spec}() returned a model in training mode", "Return model.eval()")
-    if training := training_parts(module):
+    if not is_exported(module) and (training := training_parts(module)):
         shown = ", ".join(training[:5]) + (f" and {len(training) - 5} more" if len(training) > 5 else "")
         raise BadInput(
             f"{spec}() returned a model in eval mode with parts in training mode: {shown}",
@@ -60,15 +62,17 @@ def open_torch(spec: str, kind: str, directory: Path) -> Source:
         torch.export.save(program, path)
     else:
         path = Path(spec).resolve()
-        program = _load_program(path)
+        program = load_program(path)
     inputs, outputs = _signature(program, spec)
     shapes = _example_shapes(program, inputs)
-    return Source(spec, kind, path, _hash_program(program), inputs, outputs, shapes, notes)
+    quantized = is_quantized(program)
+    return Source(spec, kind, path, _hash_program(program), inputs, outputs, shapes, notes, quantized)
 
 
 def _export_program(spec: str, module: Any, args: Any, kwargs: Any, dynamic: Any) -> Any:
     import torch
 
+    module = traceable(module, args, kwargs, spec)
     try:
         with torch.no_grad():
             return torch.export.export(module, args, kwargs, dynamic_shapes=dynamic)
@@ -79,8 +83,10 @@ def _export_program(spec: str, module: Any, args: Any, kwargs: Any, dynamic: Any
         raise BadInput(f"torch.export of {spec} failed: {type(error).__name__}: {error}", fix) from error
 
 
-def _load_program(path: Path) -> Any:
+def load_program(path: Path) -> Any:
+    """Return the ExportedProgram of a ``.pt2``. Raises BadInput for a file that is none."""
     import torch
+    from torch.ao.quantization.fx import _decomposed  # noqa: F401  # registers the operators of quantized programs
 
     try:
         return torch.export.load(path)
@@ -177,9 +183,9 @@ def torch_reference(source: Source) -> Reference:
     if source.format == "torch":
         module, _, _, _ = _load_factory(source.spec)
         flatten = torch.utils._pytree.tree_leaves
-        program = _load_program(source.path)
+        program = load_program(source.path)
     else:
-        program = _load_program(source.path)
+        program = load_program(source.path)
         module, flatten = program.module(), torch.utils._pytree.tree_leaves
     in_spec = program.call_spec.in_spec
 

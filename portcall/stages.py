@@ -17,7 +17,7 @@ import numpy as np
 from portcall.calibration._rows import Label
 from portcall.calibration.data import open_data, survey
 from portcall.source import open_reference
-from portcall.source_torch import flat_examples
+from portcall.source_torch import flat_examples, load_program
 from portcall.targets.agent import memory
 from portcall.targets.agent.contract import Artifact, Graph, Range, Recipe, Source, TensorSpec
 from portcall.targets.agent.errors import BadInput, CellFailed, PortcallError
@@ -137,9 +137,7 @@ def has_examples(arguments: Mapping[str, Any], progress: Progress) -> bool:
 
 def _examples(source: Source) -> Arrays:
     """Return the example inputs of a torch source, cut to its example shapes where the batch is dynamic."""
-    import torch
-
-    program = torch.export.load(source.path)
+    program = load_program(source.path)
     flat = [t.numpy() for t in flat_examples(program)]
     shapes = source.example_shapes
     return {
@@ -179,6 +177,11 @@ def export(arguments: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
     missing = [name for name in exported.files if not (directory / name).is_file()]
     if missing:
         raise CellFailed(f"the exporter left no {missing[0]}", "See the log; is the disk full?")
+    trained, told = None, ()  # type: dict[str, Any] | None, tuple[str, ...]
+    if graph.source.quantized:
+        from portcall.exporters import _trained_check
+
+        trained, told = _trained_check.check(backend.name, graph, directory / exported.entry)
     return {
         "entry": exported.entry,
         "files": list(exported.files),
@@ -187,7 +190,8 @@ def export(arguments: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
         "versions": dict(exported.versions),
         "min_runtime": exported.min_runtime,
         "peak_rss_bytes": memory.peak_rss_bytes(),
-        "notes": [*exported.notes, *_equalization(graph, arguments)],
+        "notes": [*exported.notes, *told, *_equalization(graph, arguments)],
+        "trained": trained,
     }
 
 

@@ -123,7 +123,8 @@ class Source:
 
     format: "onnx", "pt2" or "torch" (a factory). path: the file that can be lowered (``.onnx``, or the
     ``.pt2`` that a factory was exported to). example_shapes: the concrete shape of every input. notes: sentences for
-    the manifest on what opening it changed (parametrizations folded).
+    the manifest on what opening it changed (parametrizations folded). quantized: its activations are quantized with
+    scales of its own (Q/DQ, quantization-aware training).
     """
 
     spec: str
@@ -134,6 +135,7 @@ class Source:
     outputs: Tuple[TensorSpec, ...]
     example_shapes: Mapping[str, Tuple[int, ...]]
     notes: Tuple[str, ...] = ()
+    quantized: bool = False
 
     def to_json(self) -> Dict[str, Any]:
         return {
@@ -145,6 +147,7 @@ class Source:
             "outputs": [t.to_json() for t in self.outputs],
             "example_shapes": {k: list(v) for k, v in self.example_shapes.items()},
             "notes": list(self.notes),
+            "quantized": self.quantized,
         }
 
     @staticmethod
@@ -158,6 +161,7 @@ class Source:
             outputs=tuple(TensorSpec.from_json(t) for t in data["outputs"]),
             example_shapes={k: tuple(v) for k, v in data["example_shapes"].items()},
             notes=tuple(data.get("notes", ())),
+            quantized=bool(data.get("quantized", False)),
         )
 
 

@@ -178,7 +178,7 @@ def test_an_operator_that_litert_lacks_is_named(tmp_path: Path) -> None:
     assert "tfl.pow" in result["reason"] and result["fix"]
 
 
-def test_a_quantized_onnx_model_is_refused(tmp_path: Path) -> None:
+def test_a_quantized_onnx_model_is_no_float_model(tmp_path: Path) -> None:
     value = helper.make_tensor_value_info
     nodes = [
         helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"], "quantize"),
@@ -196,7 +196,7 @@ def test_a_quantized_onnx_model_is_refused(tmp_path: Path) -> None:
     )
     [result] = portcall.api.export(tmp_path / "m.onnx", ["tflite:fp32"], tmp_path / "out")["results"]
     assert result["outcome"] == "unsupported", result["reason"]
-    assert "quantized already: node 'quantize'" in result["reason"]
+    assert "is quantized: fp32 would drop the scales that it was trained with" in result["reason"]
 
 
 def test_more_than_two_gigabytes_are_refused_before_anything_is_read(tmp_path: Path) -> None:
