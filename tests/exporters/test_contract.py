@@ -116,6 +116,15 @@ class TestCoreMl(BackendContract):
     interpreted = True
 
 
+class TestExecuTorch(BackendContract):
+    name = "executorch"
+    runtime = ("executorch", "torch")
+    export_finds = ("onnx", "torchao")
+    floors_db: ClassVar = {"fp32": 115.0, "int8-dynamic": 30.0, "int8": 18.0}
+    census_method = "operators of the .pte file's XNNPACK delegates"
+    dynamic = False
+
+
 def test_every_backend_has_a_contract_class() -> None:
     assert {c.name for c in BackendContract.__subclasses__()} == set(backend_names())
 
