@@ -83,7 +83,6 @@ def lower(traced: Traced) -> Tuple[Any, Any]:
 
     _drop_unread(traced.graph)
     with torch.no_grad(), quiet():
-        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
         from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 
         program = torch.export.export(traced.graph, traced.examples)
@@ -91,14 +90,38 @@ def lower(traced: Traced) -> Tuple[Any, Any]:
             # Operators outside of ATen's core set have portable kernels as well, or are named below.
             edge = to_edge_transform_and_lower(
                 program,
-                partitioner=[XnnpackPartitioner()],
+                partitioner=[_partitioner()],
                 compile_config=EdgeCompileConfig(_check_ir_validity=False),
             )
             return edge, edge.to_executorch()
         except Exception as error:  # ExecuTorch raises ExportError, RuntimeError, AssertionError, ...
+            if "quantized_decomposed" in str(error):
+                raise UnsupportedError(
+                    f"XNNPACK left a quantized operator of this graph aside: {first_line(error)}",
+                    "Leave it in float with --keep-float NAME, or use fp32",
+                ) from error
             raise CellFailed(
                 f"ExecuTorch cannot lower this graph: {first_line(error)}", "See the log of this step"
             ) from error
+
+
+def _partitioner() -> Any:
+    """Return XNNPACK's partitioner, which pads integers as well.
+
+    Source: executorch 1.5.1 ``ConstantPadConfig`` lists float32 alone although its own ``InsertPadQDQPass`` makes integer
+    paddings; convolutions of "same" padding at a stride would leave the integers for them.
+    """
+    from executorch.backends.xnnpack.partition.config import ALL_PARTITIONER_CONFIGS
+    from executorch.backends.xnnpack.partition.config.generic_node_configs import ConstantPadConfig
+    from executorch.backends.xnnpack.partition.config.xnnpack_config import ConfigPrecisionType
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+
+    class IntegerPadConfig(ConstantPadConfig):  # type: ignore[misc]  # executorch is Any here
+        def supported_precision_types(self) -> List[Any]:
+            return [ConfigPrecisionType.FP32, ConfigPrecisionType.STATIC_QUANT]
+
+    others = [config for config in ALL_PARTITIONER_CONFIGS if config is not ConstantPadConfig]
+    return XnnpackPartitioner(configs=[*others, IntegerPadConfig])
 
 
 def outside(edge: Any) -> List[Any]:
@@ -106,7 +129,12 @@ def outside(edge: Any) -> List[Any]:
     found = []
     for node in edge.exported_program().graph.nodes:
         name = operator_name(node)
-        if node.op == "call_function" and name not in ("executorch_call_delegate", "getitem", "alloc", "view_copy"):
+        if node.op == "call_function" and name not in (
+            "executorch_call_delegate",
+            "getitem",
+            "alloc",
+            "view_copy",
+        ):
             found.append(node)
     return found
 
@@ -209,7 +237,9 @@ def add_constant(traced: Any, name: str, tensor: Any) -> Any:
         number += 1
         free = f"{name}_{number}"
     traced.register_buffer(free, tensor)
-    return traced.graph.get_attr(free)
+    made = traced.graph.get_attr(free)
+    made.meta["val"] = tensor
+    return made
 
 
 def _fold_constants(torch: Any, traced: Any) -> None:

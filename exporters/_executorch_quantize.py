@@ -8,7 +8,19 @@ already. First all is decided (``static``, ``dynamic``), then ``insert`` changes
 from __future__ import annotations
 
 import operator
-from typing import TYPE_CHECKING, Any, Collection, Dict, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Collection,
+    Dict,
+    List,
+    Mapping,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Set,
+    Tuple,
+)
 
 from portcall.targets.agent.contract import Range, Ranges
 
@@ -341,9 +353,7 @@ class Quantizer:
         ops, source = _decomposed(), node.args[0]
         with self._graph.inserting_before(node):
             if source not in parameters:
-                pair = self._call(
-                    node, ops.choose_qparams.tensor, source, LEAST, MOST, 2.0**-23, torch.int8
-                )
+                pair = self._call(node, ops.choose_qparams.tensor, source, LEAST, MOST, 2.0**-23, torch.int8)
                 scale, zero = (self._call(node, operator.getitem, pair, i) for i in (0, 1))
                 parameters[source] = (scale, zero)
             rest = (*parameters[source], LEAST, MOST, torch.int8)

@@ -92,9 +92,7 @@ class ExecuTorchSession(Session):
                 "Export it again with the version of ExecuTorch that runs it",
             ) from error
         meta = self._method.method_meta()
-        self.inputs = tuple(
-            _spec(f"input_{i}", meta.input_tensor_meta(i)) for i in range(meta.num_inputs())
-        )
+        self.inputs = tuple(_spec(f"input_{i}", meta.input_tensor_meta(i)) for i in range(meta.num_inputs()))
         self.outputs = tuple(
             _spec(f"output_{i}", meta.output_tensor_meta(i)) for i in range(meta.num_outputs())
         )
