@@ -108,8 +108,8 @@ def lower(traced: Traced) -> Tuple[Any, Any]:
 def _partitioner() -> Any:
     """Return XNNPACK's partitioner, which pads integers as well.
 
-    Source: executorch 1.5.1 ``ConstantPadConfig`` lists float32 alone although its own ``InsertPadQDQPass`` makes integer
-    paddings; convolutions of "same" padding at a stride would leave the integers for them.
+    Source: executorch 1.5.1 ``ConstantPadConfig`` lists float32 alone although its own ``InsertPadQDQPass`` makes
+    integer paddings; convolutions of "same" padding at a stride would leave the integers for them.
     """
     from executorch.backends.xnnpack.partition.config import ALL_PARTITIONER_CONFIGS
     from executorch.backends.xnnpack.partition.config.generic_node_configs import ConstantPadConfig
@@ -187,7 +187,7 @@ def tensor_names(traced: Traced, inputs: Sequence[str]) -> Dict[Any, str]:
     """
     import torch
 
-    aten = torch.ops.aten
+    reshaping = (torch.ops.aten.squeeze.dims, torch.ops.aten.reshape.default)
     found: Dict[Any, str] = {}
     placeholders = [n for n in traced.graph.graph.nodes if n.op == "placeholder"]
     found.update(zip(placeholders, inputs))
@@ -199,9 +199,8 @@ def tensor_names(traced: Traced, inputs: Sequence[str]) -> Dict[Any, str]:
         users = list(node.users)
         if len([name for name in made if name]) == 1 and any(module_of(user) != here for user in users):
             found[node] = made[0]
-        elif len(users) == 1 and users[0].target in (aten.squeeze.dims, aten.reshape.default):
-            if users[0] in found:
-                found[node] = found[users[0]]
+        elif len(users) == 1 and users[0].target in reshaping and users[0] in found:
+            found[node] = found[users[0]]
     return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple
+from typing import Any, List, NamedTuple, Optional, Tuple
 
 from portcall.targets.agent.contract import Graph, Ranges, Recipe
 from portcall.targets.agent.errors import CellFailed, UnsupportedError
@@ -21,9 +21,9 @@ class Converted(NamedTuple):
 def convert(graph: Graph, recipe: Recipe, ranges: Optional[Ranges], directory: Path) -> Converted:
     """Return *graph* as a program of its example shapes; *directory* takes intermediate files.
 
-    Raises UnsupportedError for a graph that is quantized already, for control flow, for operators that ExecuTorch has no
-    kernel for (with the source line or ONNX node) and for weights that XNNPACK does not compute with; CellFailed where
-    *ranges* lacks a tensor.
+    Raises UnsupportedError for a graph that is quantized already, for control flow, for operators that ExecuTorch has
+    no kernel for (with the source line or ONNX node) and for weights that XNNPACK does not compute with; CellFailed
+    where *ranges* lacks a tensor.
     """
     import onnx
 

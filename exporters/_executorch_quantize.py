@@ -153,10 +153,10 @@ class Quantizer:
 
     def dynamic(self) -> None:
         """Choose every product with constant weights whose input XNNPACK quantizes at run time, row by row."""
+        products = (*self._ops.convolutions, *self._ops.transposed, self._ops.linear)
         for node in self._graph.nodes:
-            if node.target in (*self._ops.convolutions, *self._ops.transposed, self._ops.linear):
-                if not self._is_kept(node):
-                    self._at_run_time(node)
+            if node.target in products and not self._is_kept(node):
+                self._at_run_time(node)
 
     def _weighted(self, node: Any) -> bool:
         end = self._fused(node)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple, Union
+from typing import Any, Dict, Iterator, Mapping, Optional, Tuple, Union
 
 from portcall.targets.agent.contract import (
     Artifact,
@@ -114,7 +114,7 @@ class ExecuTorchSession(Session):
                     "Export it again with --shape",
                 )
             # torch's own strides: ExecuTorch takes those of an axis of size 1 for another order of axes.
-            tensor = torch.empty(spec.shape, dtype=getattr(torch, spec.dtype))
+            tensor = torch.empty(array.shape, dtype=getattr(torch, spec.dtype))
             tensors.append(tensor.copy_(torch.from_numpy(array)))
         self._held = tensors
         self._method.set_inputs(tensors)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ with warnings.catch_warnings():
 if not isinstance(_FOUND, Present):
     pytest.skip(f"executorch: {_FOUND.reason}; fix: {_FOUND.fix}", allow_module_level=True)
 
-from portcall.exporters import _executorch_program  # noqa: E402  # after the skip
+from portcall.exporters import _executorch_program  # after the skip
 
 SHAPE = [1, 8, 12, 12]
 
@@ -207,7 +207,7 @@ def test_encodings_are_those_of_the_ranges(tmp_path: Path) -> None:
     assert operator.inputs[0].scale == pytest.approx(4 / 255, rel=1e-4)  # flatc writes six digits
     assert operator.inputs[0].zero_point == -128 + round(255 / 4)
     assert operator.outputs[0].scale == pytest.approx(51 / 255, rel=1e-4)
-    assert operator.outputs[0].zero_point == -128 + round(20 * 5)
+    assert operator.outputs[0].zero_point == -128 + (20 * 5)
 
 
 def test_pruned_weights_keep_their_zeros(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ with warnings.catch_warnings():
 if not isinstance(_FOUND, Available):
     pytest.skip(f"executorch: {_FOUND.reason}; fix: {_FOUND.fix}", allow_module_level=True)
 
-from portcall.exporters import _executorch_program  # noqa: E402  # after the skip
+from portcall.exporters import _executorch_program  # after the skip
 
 RNG = np.random.default_rng(2)
 SAMPLE = {
