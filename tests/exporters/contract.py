@@ -43,6 +43,7 @@ HEAVY = (
     "ai_edge_litert",
     "ai_edge_quantizer",
     "coremltools",
+    "executorch",
     "litert_torch",
     "numpy",
     "onnx",
@@ -52,6 +53,7 @@ HEAVY = (
     "tensorrt_rtx",
     "tflite_micro",
     "torch",
+    "torchao",
 )
 
 LIGHT = {
