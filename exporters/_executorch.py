@@ -247,7 +247,7 @@ def _fold_constants(torch: Any, traced: Any) -> None:
         inputs = node.all_input_nodes
         if node.op != "call_function" or not inputs:
             continue
-        values = {i: constant(traced, i) for i in inputs}
+        values: Dict[Any, Any] = {i: constant(traced, i) for i in inputs}
         if any(value is None for value in values.values()):
             continue
         arguments = torch.fx.node.map_arg((node.args, node.kwargs), lambda n, known=values: known[n])

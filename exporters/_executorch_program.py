@@ -177,7 +177,7 @@ def macs_of(operator: Operator) -> int:
     fields, first, made = operator.fields, operator.inputs[0].dims, operator.outputs[0].dims
     if operator.kind in ("FullyConnected", "BatchMatrixMultiply"):
         return math.prod(made) * first[-1]
-    kernel = fields["kernel_height"] * fields["kernel_width"]
+    kernel = int(fields["kernel_height"]) * int(fields["kernel_width"])
     if operator.kind == "ConvTranspose2d":
         return math.prod(first) * kernel * int(fields["group_output_channels"])
     return math.prod(made) * kernel * int(fields["group_input_channels"])

@@ -262,6 +262,7 @@ class Quantizer:
         from portcall.exporters._executorch import constant
 
         tensor = constant(self._traced.graph, node.args[1])
+        assert tensor is not None, "_has_kernel looked at it"
         axis = (1 if node.target in self._ops.transposed else 0) if self._scheme.per_channel else None
         return weights.quantize(tensor.detach().numpy(), axis=axis)
 
