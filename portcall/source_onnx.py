@@ -36,7 +36,9 @@ def open_onnx(spec: str) -> Source:
     outputs = tuple(_onnx_tensor(v, spec) for v in model.graph.output)
     shapes = {t.name: s for t in inputs if (s := single_sample_shape(t)) is not None}
     quantized = any(n.op_type == "QuantizeLinear" for n in model.graph.node)
-    return Source(spec, "onnx", path, _hash_files([path, *external]), inputs, outputs, shapes, quantized=quantized)
+    return Source(
+        spec, "onnx", path, _hash_files([path, *external]), inputs, outputs, shapes, quantized=quantized
+    )
 
 
 def _onnx_tensor(value: Any, spec: str) -> TensorSpec:

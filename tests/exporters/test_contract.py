@@ -126,6 +126,16 @@ class TestQnn(BackendContract):
     interpreted = True
 
 
+class TestExecuTorch(BackendContract):
+    name = "executorch"
+    runtime = ("executorch", "torch")
+    export_finds = ("onnx", "torchao")
+    floors_db: ClassVar = {"fp32": 115.0, "int8-dynamic": 30.0, "int8": 18.0}
+    census_method = "operators of the .pte file's XNNPACK delegates"
+    dynamic = False
+    float_macs: ClassVar = {"int8-dynamic": 16 * 8 * 8 * 9}  # XNNPACK has no such depthwise kernel
+
+
 def test_every_backend_has_a_contract_class() -> None:
     assert {c.name for c in BackendContract.__subclasses__()} == set(backend_names())
 
