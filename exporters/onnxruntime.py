@@ -22,6 +22,7 @@ from portcall.targets.agent.contract import (
     Session,
     Source,
     TensorSpec,
+    Trace,
     Unavailable,
     Workload,
 )
@@ -132,6 +133,13 @@ def load(artifact: Artifact, workload: Workload) -> Iterator[Session]:
     yield OnnxRuntimeSession(artifact.path, workload.threads)
 
 
+@contextmanager
+def trace(artifact: Artifact, workload: Workload) -> Iterator[Trace]:
+    from portcall.exporters._trace_onnx import OnnxTrace
+
+    yield OnnxTrace(artifact, artifact.path, workload.threads, "the file operator by operator")
+
+
 EXAMPLE = '''"""Run this artifact with ONNX Runtime alone: pip install onnxruntime numpy"""
 import pathlib
 
@@ -181,4 +189,5 @@ BACKEND = Backend(
     load=load,
     census=census,
     example=EXAMPLE,
+    trace=trace,
 )

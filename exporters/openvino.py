@@ -22,6 +22,7 @@ from portcall.targets.agent.contract import (
     Session,
     Source,
     TensorSpec,
+    Trace,
     Unavailable,
     Workload,
 )
@@ -185,6 +186,13 @@ def _macs(node: Any, kind: str) -> Optional[int]:
     return result
 
 
+@contextmanager
+def trace(artifact: Artifact, workload: Workload) -> Iterator[Trace]:
+    from portcall.exporters._trace_openvino import OpenVinoTrace
+
+    yield OpenVinoTrace(artifact, workload.threads)
+
+
 EXAMPLE = '''"""Run this artifact with OpenVINO alone: pip install openvino numpy"""
 import pathlib
 
@@ -224,4 +232,5 @@ BACKEND = Backend(
     load=load,
     census=census,
     example=EXAMPLE,
+    trace=trace,
 )

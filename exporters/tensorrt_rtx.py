@@ -26,6 +26,7 @@ from portcall.targets.agent.contract import (
     Recipe,
     Session,
     Source,
+    Trace,
     Unavailable,
     Workload,
 )
@@ -140,6 +141,13 @@ def interpret(artifact: Artifact, workload: Workload) -> ContextManager[Session]
     return tensorrt.interpret(artifact, workload)
 
 
+def trace(artifact: Artifact, workload: Workload) -> ContextManager[Trace]:
+    """Show the tensors of model.onnx, which the engines were built from; an engine shows none of its own."""
+    from portcall.exporters import tensorrt
+
+    return tensorrt.trace(artifact, workload)
+
+
 @contextmanager
 def load(artifact: Artifact, workload: Workload) -> Iterator[Session]:
     """Run the engine for this GPU's capability, else one built here. Unproven: see ``_tensorrt_session``."""
@@ -244,4 +252,5 @@ BACKEND = Backend(
     census=census,
     example=EXAMPLE,
     interpret=interpret,
+    trace=trace,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Iterator, Mapping, Optional, Tuple, Union
+from typing import Any, ContextManager, Dict, Iterator, Mapping, Optional, Tuple, Union
 
 from portcall.targets.agent.contract import (
     Artifact,
@@ -22,6 +22,7 @@ from portcall.targets.agent.contract import (
     Session,
     Source,
     TensorSpec,
+    Trace,
     Unavailable,
     Workload,
 )
@@ -198,6 +199,12 @@ def load(artifact: Artifact, workload: Workload) -> Iterator[Session]:
     yield LiteRtSession(artifact.path, workload)
 
 
+def trace(artifact: Artifact, workload: Workload) -> ContextManager[Trace]:
+    from portcall.exporters import _trace_tflite
+
+    return _trace_tflite.trace(artifact, workload)
+
+
 EXAMPLE = '''"""Run this artifact with LiteRT alone: pip install ai-edge-litert numpy"""
 import pathlib
 
@@ -251,4 +258,5 @@ BACKEND = Backend(
     load=load,
     census=census,
     example=EXAMPLE,
+    trace=trace,
 )

@@ -10,7 +10,7 @@ import os
 import sys
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple, Union
+from typing import Any, Callable, ContextManager, Dict, Iterator, List, Mapping, Optional, Tuple, Union
 
 from portcall.targets.agent.contract import (
     Artifact,
@@ -28,6 +28,7 @@ from portcall.targets.agent.contract import (
     Session,
     Source,
     TensorSpec,
+    Trace,
     Unavailable,
     Workload,
 )
@@ -301,6 +302,13 @@ def load(artifact: Artifact, workload: Workload) -> Iterator[Session]:
     yield MicroSession(artifact)
 
 
+def trace(artifact: Artifact, workload: Workload) -> ContextManager[Trace]:
+    """Show the tensors of the flatbuffer in LiteRT: TFLM's interpreter shows outputs alone."""
+    from portcall.exporters import _trace_tflite
+
+    return _trace_tflite.trace(artifact, workload)
+
+
 EXAMPLE = '''"""Run this artifact with TensorFlow Lite Micro alone, on the host: pip install tflite_micro numpy"""
 import pathlib
 
@@ -344,4 +352,5 @@ BACKEND = Backend(
     load=load,
     census=census,
     example=EXAMPLE,
+    trace=trace,
 )

@@ -49,6 +49,7 @@ unavailable; 130 interrupted""",
     _ranges(commands)
     _export(commands)
     _verify(commands)
+    _debug(commands)
     _bench(commands)
     completion = _command(
         commands,
@@ -243,6 +244,11 @@ def _recipe_options(parser: argparse.ArgumentParser) -> None:
         "--asymmetric-weights", action="store_true", help="weights with a zero point of their own"
     )
     parser.add_argument(
+        "--parity-report",
+        action="store_true",
+        help="compare every artifact with its source tensor by tensor, into DIR/logs/parity.json (as portcall debug)",
+    )
+    parser.add_argument(
         "--bias-correction",
         action="store_true",
         help="let biases make up for the mean error of rounded weights; measure whether it helps your network",
@@ -273,6 +279,21 @@ def _verify(commands: Any) -> None:
         "--eval", dest="evaluation", metavar="DATA", help="run the source model too, on this data"
     )
     parser.add_argument("--preprocess", metavar="NAME", help="named preprocessing for a folder of images")
+
+
+def _debug(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "debug",
+        "show where an artifact leaves its source: tensor by tensor, the first divergence on top",
+        "portcall debug out/onnxruntime-int8",
+    )
+    parser.add_argument(
+        "artifact", metavar="ARTIFACT", help="a folder written by portcall export; its source model is run"
+    )
+    parser.add_argument(
+        "--all", action="store_true", help="list every tensor, not only the worst of each layer"
+    )
 
 
 def _bench(commands: Any) -> None:

@@ -33,6 +33,7 @@ from portcall.core import (
 )
 from portcall.example import example_text
 from portcall.exporters import get_backend
+from portcall.ladder import climb
 from portcall.recipe import BackendOptions, cell_options
 from portcall.workspace import DataArgument, Workspace, lower, read_data
 
@@ -54,6 +55,7 @@ class ExportPlan:
     """Of every cell's recipe: see ``Recipe``."""
     backend_options: BackendOptions = field(default_factory=dict)
     equalize: bool = False
+    parity_report: bool = False
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
@@ -95,6 +97,13 @@ class Cells:
             section = _once(self._sections, graph.kind, lambda: self._find_section(graph, cell.backend))
             if self._plan.method == "auto":
                 section.chosen(backend.capabilities.precisions[cell.precision].symmetric)
+
+    def ladder(self, cell: Cell, samples: Samples) -> dict[str, Any]:
+        """Return the parity ladder of the artifact of *cell* (``--parity-report``): see ``portcall.ladder``."""
+        graph = self._graphs[self._backends[cell.backend].graph]
+        assert isinstance(graph, Graph)
+        artifact, manifest = artifacts.open_artifact(self._plan.output.resolve() / cell.folder)
+        return climb(self._work, artifact, manifest, graph, samples.folder, samples.packed_n or 1)
 
     def _lower(self, backend: Backend) -> Graph:
         return lower(self._work, self._source, backend, self._plan.equalize)
@@ -255,12 +264,14 @@ class Cells:
         samples: Samples,
     ) -> dict[str, Any]:
         calibration = None
+        precision = self._backends[cell.backend].capabilities.precisions[cell.precision]
         if section is not None:
             calibration = {
                 "table_sha256": None if self._plan.table is None else table_sha256(self._plan.table),
                 "method": recipe.method,
                 "data_sha256": section.data.sha256,
                 "n": section.n,
+                "ranges": {k: r.to_json()[:3] for k, r in _ranges(section, recipe, precision).items()},
             }
         data = self._plan.data or self._plan.evaluation
         return {

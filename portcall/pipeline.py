@@ -64,6 +64,8 @@ def run_export(work: Workspace, plan: ExportPlan) -> list[dict[str, Any]]:
             if isinstance(samples, PortcallError):
                 raise samples
             results.append(cells.run(cell, samples, start))
+            if plan.parity_report:
+                results[-1]["parity_report"] = cells.ladder(cell, samples)
         except PortcallError as error:
             # What no check before could see ends the command as long as nothing was written.
             if isinstance(error, BadInput) and not any(r["path"] for r in results):
