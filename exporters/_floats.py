@@ -11,7 +11,34 @@ from typing import Any, Collection, Dict, List, Mapping, Optional, Sequence, Tup
 from portcall.targets.agent.contract import Shown
 
 MOVING = frozenset(
-    ["Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "MaxPool", "Concat", "Split", "Slice", "Resize", "Pad", "Gather", "Identity", "Expand", "Tile", "DepthToSpace", "SpaceToDepth", "RESHAPE", "TRANSPOSE", "SQUEEZE", "EXPAND_DIMS", "MAX_POOL_2D", "CONCATENATION", "SPLIT", "SLICE", "STRIDED_SLICE", "PAD", "PADV2", "GATHER", "RESIZE_BILINEAR", "RESIZE_NEAREST_NEIGHBOR", "PACK", "UNPACK", "DEPTH_TO_SPACE", "SPACE_TO_DEPTH", "BROADCAST_TO", "TILE", "REVERSE_V2", "SPLIT_V", "MAXIMUM", "MINIMUM", "Max", "Min"]
+    {
+        *("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "MaxPool", "Concat", "Split", "Slice"),
+        *(
+            "Resize",
+            "Pad",
+            "Gather",
+            "Identity",
+            "Expand",
+            "Tile",
+            "DepthToSpace",
+            "SpaceToDepth",
+            "Max",
+            "Min",
+        ),
+        *(
+            "RESHAPE",
+            "TRANSPOSE",
+            "SQUEEZE",
+            "EXPAND_DIMS",
+            "MAX_POOL_2D",
+            "CONCATENATION",
+            "SPLIT",
+            "SPLIT_V",
+        ),
+        *("SLICE", "STRIDED_SLICE", "PAD", "PADV2", "GATHER", "RESIZE_BILINEAR", "RESIZE_NEAREST_NEIGHBOR"),
+        *("PACK", "UNPACK", "DEPTH_TO_SPACE", "SPACE_TO_DEPTH", "BROADCAST_TO", "TILE", "REVERSE_V2"),
+        *("MAXIMUM", "MINIMUM"),
+    }
 )
 """Operators that move values: quantizers let their inputs and outputs share one scale."""
 
@@ -82,8 +109,8 @@ class Layer:
 class FloatGraph:
     """A float graph: see ``_floats_onnx`` and ``_floats_tflite``.
 
-    tensors: its float tensors in the order of the graph, inputs first. outputs: of the source -> its tensor here. made_from: a tensor -> the tensors that its
-    operator reads. layers, axes (of the channels; None for
+    tensors: its float tensors in the order of the graph, inputs first. outputs: of the source -> its tensor here.
+    made_from: a tensor -> the tensors that its operator reads. layers, axes (of the channels; None for
     none): by tensor. ties: tensors that a quantizer may give one scale -> the number of their group.
     """
 
@@ -143,7 +170,7 @@ def source_of(
         if operator in shown[number].readers:
             return number
     quantized = [n for n in numbers if shown[n].scale is not None]
-    return (quantized or list(numbers) or [None])[0]
+    return next(iter([*quantized, *numbers]), None)
 
 
 def on_grid(values: Any, grid: Optional[Tuple[float, float, float]]) -> Any:

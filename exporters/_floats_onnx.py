@@ -268,9 +268,10 @@ class _OnnxCut(Cut):
         used: Dict[str, Tuple[int, bool]] = {}
         for node in model.graph.node:
             for index, name in enumerate(node.input):
-                number = source_of(name, node.name, shown, by_name)
-                if number is None or name in graph._constants:
+                found = source_of(name, node.name, shown, by_name)
+                if found is None or name in graph._constants:
                     continue
+                number = found
                 coarse = dynamic and index == 0 and node.name in products and shown[number].scale is None
                 given = f"{GIVEN}{number}{'_coarse' if coarse else ''}"
                 used[given] = (number, coarse)

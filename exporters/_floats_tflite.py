@@ -17,6 +17,7 @@ from portcall.exporters._floats import (
     Rounding,
     eight_bits,
     groups,
+    on_grid,
     source_of,
 )
 from portcall.targets.agent.contract import Graph, Shown
@@ -110,7 +111,10 @@ class TfliteFloatGraph(FloatGraph):
         interpreter, indices = self._whole
         self.feed(interpreter, arrays)
         interpreter.invoke()
-        return {name: np.array(interpreter.get_tensor(index), np.float32) for name, index in indices.items()}
+        return {
+            name: on_grid(np.array(interpreter.get_tensor(index), np.float32), self.grids.get(name))
+            for name, index in indices.items()
+        }
 
     def feed(self, interpreter: Any, arrays: Mapping[str, Any]) -> None:
         signature = self._model.signatureDefs[0]

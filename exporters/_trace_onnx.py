@@ -100,6 +100,19 @@ def _float_tensors(model: Any, kinds: Any) -> Set[str]:
     return {v.name for v in inferred if v.type.tensor_type.elem_type in floats}
 
 
+def _in_float32(model: Any, name: str) -> str:
+    """Return a float32 version of a tensor, added where it is bfloat16, which NumPy does not know."""
+    from onnx import TensorProto, helper
+
+    casted = f"portcall_float32_{name}"
+    if any(v.name == name for v in [*model.graph.input, *model.graph.output]):
+        return name
+    if not any(t.data_type == TensorProto.BFLOAT16 for t in model.graph.initializer):
+        return name
+    model.graph.node.append(helper.make_node("Cast", [name], [casted], casted, to=TensorProto.FLOAT))
+    return casted
+
+
 class OnnxTrace(Trace):
     """An ONNX file in ONNX Runtime with its graph optimizations off, so that no Q/DQ pair is fused away.
 
@@ -113,6 +126,7 @@ class OnnxTrace(Trace):
 
         model = onnx.load(str(path), load_external_data=False)
         planned = plan(model)
+        planned = [(shown, _in_float32(model, name)) for shown, name in planned]
         known = {v.name for v in [*model.graph.output, *model.graph.input]}
         for name in dict.fromkeys(name for _, name in planned):
             if name not in known:

@@ -1,4 +1,7 @@
-"""The worker of ``debug``: compares a traced artifact with its float graph and its source. See ``ladder_statistics``."""
+"""The worker of ``debug``: compares a traced artifact with its float graph and its source.
+
+The criterion is in ``ladder_statistics``. Long because stages, tensors and the first divergence are read off one pass.
+"""
 
 from __future__ import annotations
 
@@ -95,7 +98,7 @@ def compare(arguments: Mapping[str, Any], progress: Callable[[int, int | None], 
         fake = None
     rows = tap.rows()
     for row in rows:
-        row["graph_sqnr_db"] = _same_tensor(in_source.get(row["tensor"]), stages, broken)
+        row["graph_sqnr_db"] = _same_tensor(in_source.get(row["tensor"]))
         row["fake_quantized_sqnr_db"] = _db(in_fake.get(row["tensor"]))
     listed = _stages(graph, arguments["traced"], stages, broken, n, fake is not None, len(rows))
     first = _exported_divergence(listed, in_source, floats) or _first(rows)
@@ -262,7 +265,10 @@ class _Tap:
         )
 
 
-PRODUCTS = ["Conv", "ConvTranspose", "Gemm", "MatMul", "CONV_2D", "DEPTHWISE_CONV_2D", "TRANSPOSE_CONV", "FULLY_CONNECTED", "BATCH_MATMUL"]
+PRODUCTS = (
+    *("Conv", "ConvTranspose", "Gemm", "MatMul"),
+    *("CONV_2D", "DEPTHWISE_CONV_2D", "TRANSPOSE_CONV", "FULLY_CONNECTED", "BATCH_MATMUL"),
+)
 
 
 def _traced(directory: Path, number: int, chosen: Sequence[int]) -> list[Array]:
@@ -303,9 +309,7 @@ def _db(sums: Sequence[float] | None) -> float | None:
     return decibels(sums[0], sums[1])
 
 
-def _same_tensor(
-    sums: Sequence[float] | None, stages: Mapping[str, ParityAccumulator], broken: Mapping[str, str]
-) -> float | None:
+def _same_tensor(sums: Sequence[float] | None) -> float | None:
     """Return the SQNR of the graph's tensor to the source's of the same name; None where it is not the same tensor."""
     found = _db(sums)
     return found if found is not None and found >= SAME_TENSOR_DB else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -46,7 +46,9 @@ def _torch(source: Source) -> Callable[[Mapping[str, Array]], dict[str, Array]]:
     module = torch.export.load(source.path).module(check_guards=False)
     names = [str(n.name) for n in module.graph.nodes if n.op == "placeholder"]
 
-    class Recorder(torch.fx.Interpreter):  # type: ignore[misc]  # torch.fx is untyped
+    class Recorder(torch.fx.Interpreter):
+        found: ClassVar[dict[str, Array]] = {}
+
         def run_node(self, n: Any) -> Any:
             value = super().run_node(n)
             if n.op == "call_function" and isinstance(value, torch.Tensor) and value.is_floating_point():
@@ -55,7 +57,7 @@ def _torch(source: Source) -> Callable[[Mapping[str, Array]], dict[str, Array]]:
 
     def run(sample: Mapping[str, Array]) -> dict[str, Array]:
         recorder = Recorder(module)
-        recorder.found = {}
+        recorder.found.clear()
         ordered = [torch.from_numpy(sample[t.name]) for t in source.inputs]
         if len(ordered) != len(names):
             return {}

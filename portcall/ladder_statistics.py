@@ -1,12 +1,12 @@
-"""Where an artifact computes something else than its source: residuals of single operators against what rounding explains.
+"""Where an artifact computes something else than its source: residuals of operators against what rounding explains.
 
 Each tensor that the artifact shows is recomputed in floats from the artifact's own inputs of the operator
 ("teacher forcing"), so that an error does not travel: what is left is the rounding of this one step. Its expected
-energy is known: a grid of step s adds s^2 / 12 per element (Widrow and Kollar, "Quantization Noise", 2008); the rounding
-of the weights is simulated, once as the recipe asks for and once not at all (a layer may stay in float), and the better
-fit counts. A tensor diverges where the root mean square of the residual exceeds the expectation by ``threshold``: over
-the whole tensor, in one channel, or along the border. An error that is uniform in a step never exceeds sqrt(3) = 1.73
-times its root mean square, so that few elements cannot exceed the larger threshold by chance.
+energy is known: a grid of step s adds s^2 / 12 per element (Widrow and Kollar, "Quantization Noise", 2008); the
+rounding of the weights is simulated, once as the recipe asks for and once not at all (a layer may stay in float),
+and the better fit counts. A tensor diverges where the root mean square of the residual exceeds the expectation by
+``threshold``: over the whole tensor, in one channel, or along the border. An error that is uniform in a step never
+exceeds sqrt(3) = 1.73 times its root mean square: few elements cannot exceed the larger threshold by chance.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def recipe_grid(found: Range, shown: Shown) -> Grid:
 
 
 def expected_grid(shown: Shown, ranges: Mapping[str, Range], ties: Mapping[str, int]) -> Grid | None:
-    """Return the grid that the recipe gives to a shown tensor, or that of a tensor whose scale it shares; None for floats.
+    """Return the grid that the recipe gives to a shown tensor, or to one whose scale it shares; None for floats.
 
     Where the artifact's own grid is neither, the recipe's is returned as not explained. Without a range the artifact's
     own is all there is.
@@ -99,7 +99,7 @@ def _same(one: Grid, other: Grid) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Tolerance:
-    """weights: share of the weights' rounding noise that is allowed. half: relative step of a float type, 0 for float32."""
+    """What is allowed: a share of the weights' rounding noise, and the relative step of a half type (0: float32)."""
 
     weights: float
     half: float = 0.0

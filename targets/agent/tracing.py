@@ -68,4 +68,5 @@ def _run(artifact: Artifact, session: Any, samples: Path, directory: Path, n: in
         arrays, _ = _inputs(str(samples / f"{number:06d}.npz"))
         names.bind(session, arrays)
         session.infer()
-        np.savez(str(directory / f"deployed-{number:06d}.npz"), **names.results(session))
+        results: Dict[str, Any] = dict(names.results(session))
+        np.savez(str(directory / f"deployed-{number:06d}.npz"), **results)
