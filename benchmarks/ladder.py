@@ -2,11 +2,12 @@
 
     python benchmarks/ladder.py --faults 200 --clean 50
 
-Three networks are made here (a ResNet, a MobileNet with depthwise convolutions, a transformer block; random weights,
-batch normalization fitted to the data) and exported to onnxruntime int8 and tflite int8. Each fault is drawn by
-seed: network, backend, kind, layer. A fault whose effect on the layer's own output stays below the quantization noise expected
-there, in every channel and at the border, is no fault: it is drawn again and counted. Named means: the first divergence
-is the tensor that the faulty layer, or the operator that it is fused into, makes. Everything runs in this process: the
+Three networks are made here (a ResNet, a MobileNet with depthwise convolutions, a transformer block; random
+weights, batch normalization fitted to the data) and exported to onnxruntime int8 and tflite int8. Each fault is
+drawn by seed: network, backend, kind, layer. A fault whose effect on the layer's own output stays below the
+quantization noise expected there, in every channel and at the border, is no fault: it is drawn again and counted.
+Named means: the first divergence is the tensor that the faulty layer, or the operator that it is fused into, makes.
+Everything runs in this process: the
 traces and the statistics are those of ``portcall debug``, which adds workers and the source around them.
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import json
 import tempfile
 import warnings
@@ -328,10 +330,12 @@ def plant_tflite(path: Path, kind: str, rng: np.random.Generator) -> Fault | Non
         if pick < 0 or pick >= len(pads):
             return _pad_one_side(path, model, same[pick - len(pads)][0]) if pick >= 0 else None
         op = pads[pick]
-        store(
-            int(op.inputs[1]),
-            np.stack([0 * (p := integers(int(op.inputs[1])))[:, 0], p.sum(1)], 1).astype(p.dtype),
-        )
+        old = integers(int(op.inputs[1]))
+        own = copy.copy(body.tensors[op.inputs[1]])  # other operators may share the constant
+        own.name, own.buffer = b"planted_paddings", _tflite.new_buffer(model)
+        body.tensors.append(own)
+        op.inputs = [int(op.inputs[0]), len(body.tensors) - 1]
+        store(len(body.tensors) - 1, np.stack([0 * old[:, 0], old.sum(1)], 1).astype(old.dtype))
         name = body.tensors[op.outputs[0]].name.decode()
     else:
         op = products[rng.integers(len(products))]
@@ -367,8 +371,6 @@ def _constant(model: Any, op: Any) -> bool:
 
 def _pad_one_side(path: Path, model: Any, op: Any) -> Fault:
     """Let a PAD on the bottom and right, and no padding of its own, come before a convolution with "same" padding."""
-    import copy
-
     from ai_edge_litert.schema_py_generated import OperatorT
 
     from portcall.exporters import _tflite
@@ -473,12 +475,12 @@ def run_faults(cases: list[Case], count: int, seed: int, show: Callable[[str], N
     }
 
 
-def run_clean(count: int, folder: Path, show: Callable[[str], None]) -> dict[str, Any]:
+def run_clean(count: int, start: int, folder: Path, show: Callable[[str], None]) -> dict[str, Any]:
     """Export networks of other seeds without a fault; return what was reported all the same."""
     cache: dict[Any, Any] = {}
     reports: list[str] = []
     cells: Counter[str] = Counter()
-    for done, (seed, name, backend, precision) in enumerate(_clean_cells(), 1):
+    for done, (seed, name, backend, precision) in enumerate(_clean_cells(start), 1):
         if done > count:
             break
         if (name, seed) not in cache:
@@ -494,8 +496,8 @@ def run_clean(count: int, folder: Path, show: Callable[[str], None]) -> dict[str
     return {"exports": sum(cells.values()), "cells": dict(cells), "false_reports": reports}
 
 
-def _clean_cells() -> Iterator[tuple[int, str, str, str]]:
-    for seed in range(100, 200):
+def _clean_cells(start: int) -> Iterator[tuple[int, str, str, str]]:
+    for seed in range(start, start + 100):
         for name in ("resnet", "mobilenet", "transformer"):
             for backend, precision in CLEAN:
                 yield seed, name, backend, precision
@@ -525,7 +527,9 @@ def main() -> None:
                 cases, options.faults, options.seed, lambda text: print(text, flush=True)
             )
         if options.clean:
-            answer["clean"] = run_clean(options.clean, folder, lambda text: print(text, flush=True))
+            answer["clean"] = run_clean(
+                options.clean, 1000 * options.seed + 100, folder, lambda text: print(text, flush=True)
+            )
     if options.json:
         options.json.write_text(json.dumps(answer, indent=2) + "\n")
     print(json.dumps({k: v for k, v in answer.items()}, indent=2))
