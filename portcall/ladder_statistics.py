@@ -158,7 +158,9 @@ class Residual:
     def judge(self) -> dict[str, Any]:
         """Return the figures: local and expected SQNR, the worst ratio of found to expected, where, and the verdict."""
         figures: dict[str, Any] = {
-            "sqnr_db": None if self.accumulated[0] == 0 else decibels(*self.accumulated),
+            "sqnr_db": decibels(*self.accumulated)
+            if self.accumulated[0] > 0 and np.isfinite(self.accumulated).all()
+            else None,
             "local_sqnr_db": None,
             "expected_sqnr_db": None,
             "ratio": None,
@@ -261,15 +263,22 @@ def _worst(
     sums = (found.sum(0), allowed.sum(0), n.sum(0), active.sum(0))
     excesses = [look(f, a, c, m, f"channel {i}") for i, (f, a, c, m) in enumerate(zip(*sums, strict=True))]
     channels = [i for i, e in enumerate(excesses) if e > 1]
+    at_border = False
     if n[1].sum() and n[0].sum():
         inside = math.sqrt(found[0].sum() / allowed[0].sum())
         edge = math.sqrt(found[1].sum() / allowed[1].sum())
         look(found[1].sum(), allowed[1].sum(), n[1].sum(), active[1].sum(), "the border")
         for i in range(n.shape[1]):
             look(found[1, i], allowed[1, i], n[1, i], active[1, i], f"the border of channel {i}")
-        if worst[0] > 1 and edge > 2 * inside and inside < ABOVE_MANY:
-            worst = (worst[0], worst[1], worst[2], "the border")
-    if worst[0] > 1 and "border" not in worst[3]:
+        within = [
+            math.sqrt(f / a) > ABOVE_FEW
+            for f, a, c in zip(found[0], allowed[0], n[0], strict=True)
+            if c >= FEW
+        ]
+        at_border = not any(within) and inside < ABOVE_MANY
+        if worst[0] > 1 and at_border and edge > 2 * inside:
+            worst = (*worst[:3], "the border")
+    if worst[0] > 1 and not ("border" in worst[3] and at_border):
         count = len(channels)
         shown = ", ".join(map(str, channels[:4])) + (f" and {count - 4} more" if count > 4 else "")
         everywhere = total > 1 and (count > n.shape[1] / 2 or not count)
