@@ -272,9 +272,10 @@ class _TfliteCut(Cut):
                 name = graph._names[index] if index >= 0 else ""
                 if graph.indices.get(name) != index:
                     continue
-                number = source_of(name, _tflite.operator_name(model, op), shown, by_name)
-                if number is None:
+                found = source_of(name, _tflite.operator_name(model, op), shown, by_name)
+                if found is None:
                     continue
+                number = found
                 coarse = (
                     dynamic
                     and weighted

@@ -30,7 +30,7 @@ FEW = 16
 ABOVE_MANY, ABOVE_FEW = 1.5, 2.0
 SAME_WEIGHTS = 0.25
 """Share of the weights' rounding noise that is allowed where the recipe's rounding is known exactly."""
-OTHER_WEIGHTS = 2.0
+OTHER_WEIGHTS = 3.0
 """The same where an exporter rounds in a way of its own (sums kept, biases corrected)."""
 FLOAT_FLOOR = 2e-4
 """Relative error of float32 sums in another order, with activation functions by approximation."""

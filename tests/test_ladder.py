@@ -43,7 +43,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
         constant("b2", (6,)),
     ]
     weights += [constant("w3", (6, 5)), constant("b3", (5,))]
-    inputs = [("image", ["n", 3, 12, 12]), ("mask", ["n", 6, 12, 12])]
+    inputs: list[tuple[str, list[Any]]] = [("image", ["n", 3, 12, 12]), ("mask", ["n", 6, 12, 12])]
     graph = helper.make_graph(
         nodes,
         "net",
@@ -53,7 +53,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     )
     model = folder / "model.onnx"
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), str(model))
-    data = {n: rng.normal(0, 1, (24, *s[1:])).astype(np.float32) for n, s in inputs}
+    data: dict[str, Any] = {n: rng.normal(0, 1, (24, *s[1:])).astype(np.float32) for n, s in inputs}
     np.savez(folder / "data.npz", **data)
     answer = api.export(
         model, "onnxruntime:int8,fp32", folder / "out", data=folder / "data.npz", parity_report=True

@@ -16,7 +16,7 @@ RANGES = {"t": Range(-2.56, 2.54)}
 def _quantized(values: np.ndarray, shown: Shown = SHOWN) -> np.ndarray:
     assert shown.scale is not None
     levels = np.clip(np.rint(values / shown.scale) + shown.zero_point, *shown.levels)
-    return ((levels - shown.zero_point) * shown.scale).astype(np.float32)
+    return np.asarray((levels - shown.zero_point) * shown.scale, np.float32)
 
 
 def _verdict(shown: Shown, value: np.ndarray, wanted: np.ndarray) -> dict[str, object]:
