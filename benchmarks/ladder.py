@@ -54,7 +54,7 @@ def network(name: str, seed: int) -> tuple[Any, tuple[int, ...]]:
     import torch
     from torch import nn
 
-    class Block(nn.Module):  # type: ignore[misc]  # torch is untyped here
+    class Block(nn.Module):
         def __init__(self, inner: int, outer: int, stride: int, depthwise: bool) -> None:
             super().__init__()
             groups = inner if depthwise else 1
@@ -72,7 +72,7 @@ def network(name: str, seed: int) -> tuple[Any, tuple[int, ...]]:
             y = self.bn2(self.conv2(nn.functional.relu(self.bn1(self.conv1(x)))))
             return nn.functional.relu(y + (x if self.down is None else self.down(x)))
 
-    class Images(nn.Module):  # type: ignore[misc]
+    class Images(nn.Module):
         def __init__(self, depthwise: bool) -> None:
             super().__init__()
             self.stem = nn.Conv2d(3, 12, 3, 1, 1, bias=False)
@@ -85,7 +85,7 @@ def network(name: str, seed: int) -> tuple[Any, tuple[int, ...]]:
             x = self.blocks(nn.functional.relu(self.bn(self.stem(x))))
             return self.fc(nn.functional.adaptive_avg_pool2d(x, 1).flatten(1))
 
-    class Transformer(nn.Module):  # type: ignore[misc]
+    class Transformer(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.embed, self.attn, self.out = nn.Linear(12, 32), nn.Linear(32, 96), nn.Linear(32, 32)
@@ -215,7 +215,7 @@ def plant_onnx(path: Path, kind: str, rng: np.random.Generator) -> Fault | None:
     made = {n: node for node in model.graph.node for n in node.output}
 
     def value(name: str) -> Array:
-        return numpy_helper.to_array(held[name]).copy()
+        return np.array(numpy_helper.to_array(held[name]))
 
     def store(name: str, new: Array, old: Array) -> None:
         held[name].CopyFrom(numpy_helper.from_array(np.asarray(new, old.dtype).reshape(old.shape), name))
@@ -460,7 +460,12 @@ def run_faults(cases: list[Case], count: int, seed: int, show: Callable[[str], N
         by_kind[kind]["planted"] += 1
         by_kind[kind]["named"] += named
         if not named:
-            entry = {"network": case.name, "backend": case.artifact.backend, "kind": kind, "at": target}
+            entry: dict[str, Any] = {
+                "network": case.name,
+                "backend": case.artifact.backend,
+                "kind": kind,
+                "at": target,
+            }
             entry |= {"effect": round(size, 2), "reported": None if first is None else first["tensor"]}
             missed.append(entry)
             show(f"missed: {entry}")

@@ -95,11 +95,12 @@ def export(
         shapes=dict(shapes or {}),
     )
     with open_workspace(reporter or Reporter(False), timeout_s) as work:
-        answer = {"schema": SCHEMA, "results": run_export(work, plan), "warnings": work.reporter.warnings}
+        results = run_export(work, plan)
+        answer = {"schema": SCHEMA, "results": results, "warnings": work.reporter.warnings}
     if output.is_dir():
         with contextlib.suppress(OSError):
             if parity_report:
-                write_parity(output, answer["results"])
+                write_parity(output, results)
             artifacts.write_json(output / "export.json", answer)
     return answer
 
