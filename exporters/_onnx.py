@@ -32,13 +32,14 @@ def lower(source: Source, directory: Path) -> Graph:
     """
     import onnx
 
-    from portcall.exporters import _float32
+    from portcall.exporters import _float32, _floats_onnx
 
     raw = directory / "raw.onnx"
     if source.format == "onnx":
         raw = source.path
     else:
         _export_torch(source, raw)
+        _floats_onnx.write_layers(raw, directory)
     raw = _float32.converted(raw, directory / "raw.onnx")
     path = directory / "graph.onnx"
     _optimize(raw, path)

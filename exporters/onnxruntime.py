@@ -23,6 +23,7 @@ from portcall.targets.agent.contract import (
     Session,
     Source,
     TensorSpec,
+    Trace,
     Unavailable,
     Workload,
 )
@@ -154,6 +155,13 @@ def contents(artifact: Artifact, shapes: Mapping[str, Tuple[int, ...]]) -> Conte
     return _contents_onnx.read(artifact.path, shapes)
 
 
+@contextmanager
+def trace(artifact: Artifact, workload: Workload) -> Iterator[Trace]:
+    from portcall.exporters._trace_onnx import OnnxTrace
+
+    yield OnnxTrace(artifact, artifact.path, workload.threads, "the file operator by operator")
+
+
 EXAMPLE = '''"""Run this artifact with ONNX Runtime alone: pip install onnxruntime numpy"""
 import pathlib
 
@@ -204,4 +212,5 @@ BACKEND = Backend(
     census=census,
     contents=contents,
     example=EXAMPLE,
+    trace=trace,
 )

@@ -23,6 +23,7 @@ from portcall.targets.agent.contract import (
     Session,
     Source,
     TensorSpec,
+    Trace,
     Unavailable,
     Workload,
 )
@@ -196,6 +197,13 @@ def contents(artifact: Artifact, shapes: Mapping[str, Tuple[int, ...]]) -> Conte
     return _contents_openvino.read(artifact.path, {bound.get(k, k): v for k, v in shapes.items()})
 
 
+@contextmanager
+def trace(artifact: Artifact, workload: Workload) -> Iterator[Trace]:
+    from portcall.exporters._trace_openvino import OpenVinoTrace
+
+    yield OpenVinoTrace(artifact, workload.threads)
+
+
 EXAMPLE = '''"""Run this artifact with OpenVINO alone: pip install openvino numpy"""
 import pathlib
 
@@ -236,4 +244,5 @@ BACKEND = Backend(
     census=census,
     contents=contents,
     example=EXAMPLE,
+    trace=trace,
 )

@@ -25,6 +25,7 @@ from portcall.targets.agent.contract import (
     Recipe,
     Session,
     Source,
+    Trace,
     Unavailable,
     Workload,
 )
@@ -239,6 +240,15 @@ def contents(artifact: Artifact, shapes: Mapping[str, Tuple[int, ...]]) -> Conte
     return _contents_onnx.read(artifact.path, shapes)
 
 
+@contextmanager
+def trace(artifact: Artifact, workload: Workload) -> Iterator[Trace]:
+    """Show the tensors of the portable ONNX file, in ONNX Runtime: an engine shows none of its own."""
+    from portcall.exporters._trace_onnx import OnnxTrace
+
+    with _runnable(artifact.path) as path:
+        yield OnnxTrace(artifact, path, workload.threads, "interpreted: the portable ONNX file")
+
+
 EXAMPLE = '''"""Run this artifact with TensorRT alone: pip install tensorrt cuda-python numpy"""
 import json
 import pathlib
@@ -335,4 +345,5 @@ BACKEND = Backend(
     example=EXAMPLE,
     interpret=interpret,
     finish=finish,
+    trace=trace,
 )

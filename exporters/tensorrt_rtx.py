@@ -27,6 +27,7 @@ from portcall.targets.agent.contract import (
     Recipe,
     Session,
     Source,
+    Trace,
     Unavailable,
     Workload,
 )
@@ -141,6 +142,13 @@ def interpret(artifact: Artifact, workload: Workload) -> ContextManager[Session]
     return tensorrt.interpret(artifact, workload)
 
 
+def trace(artifact: Artifact, workload: Workload) -> ContextManager[Trace]:
+    """Show the tensors of model.onnx, which the engines were built from; an engine shows none of its own."""
+    from portcall.exporters import tensorrt
+
+    return tensorrt.trace(artifact, workload)
+
+
 @contextmanager
 def load(artifact: Artifact, workload: Workload) -> Iterator[Session]:
     """Run the engine for this GPU's capability, else one built here. Unproven: see ``_tensorrt_session``."""
@@ -252,4 +260,5 @@ BACKEND = Backend(
     contents=contents,
     example=EXAMPLE,
     interpret=interpret,
+    trace=trace,
 )

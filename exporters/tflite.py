@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Iterator, Mapping, Optional, Tuple, Union
+from typing import Any, ContextManager, Dict, Iterator, Mapping, Optional, Tuple, Union
 
 from portcall.targets.agent.contents import Contents
 from portcall.targets.agent.contract import (
@@ -23,6 +23,7 @@ from portcall.targets.agent.contract import (
     Session,
     Source,
     TensorSpec,
+    Trace,
     Unavailable,
     Workload,
 )
@@ -216,6 +217,12 @@ def contents(artifact: Artifact, shapes: Mapping[str, Tuple[int, ...]]) -> Conte
     return _contents_tflite.read(artifact.path)
 
 
+def trace(artifact: Artifact, workload: Workload) -> ContextManager[Trace]:
+    from portcall.exporters import _trace_tflite
+
+    return _trace_tflite.trace(artifact, workload)
+
+
 EXAMPLE = '''"""Run this artifact with LiteRT alone: pip install ai-edge-litert numpy"""
 import pathlib
 
@@ -270,4 +277,5 @@ BACKEND = Backend(
     census=census,
     contents=contents,
     example=EXAMPLE,
+    trace=trace,
 )

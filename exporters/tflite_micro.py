@@ -10,7 +10,7 @@ import os
 import sys
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple, Union
+from typing import Any, Callable, ContextManager, Dict, Iterator, List, Mapping, Optional, Tuple, Union
 
 from portcall.targets.agent.contents import Contents
 from portcall.targets.agent.contract import (
@@ -29,6 +29,7 @@ from portcall.targets.agent.contract import (
     Session,
     Source,
     TensorSpec,
+    Trace,
     Unavailable,
     Workload,
 )
@@ -310,6 +311,13 @@ def contents(artifact: Artifact, shapes: Mapping[str, Tuple[int, ...]]) -> Conte
     return _contents_tflite.read(artifact.path)
 
 
+def trace(artifact: Artifact, workload: Workload) -> ContextManager[Trace]:
+    """Show the tensors of the flatbuffer in LiteRT: TFLM's interpreter shows outputs alone."""
+    from portcall.exporters import _trace_tflite
+
+    return _trace_tflite.trace(artifact, workload)
+
+
 EXAMPLE = '''"""Run this artifact with TensorFlow Lite Micro alone, on the host: pip install tflite_micro numpy"""
 import pathlib
 
@@ -354,4 +362,5 @@ BACKEND = Backend(
     census=census,
     contents=contents,
     example=EXAMPLE,
+    trace=trace,
 )

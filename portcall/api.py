@@ -25,11 +25,12 @@ from portcall.calibrating import (
     run_show,
 )
 from portcall.calibration.histogram import is_compiled
-from portcall.cells import ExportPlan
 from portcall.core import Artifact, BadInput, Workload, parse_cells
 from portcall.exporters import backend_names, get_backend
 from portcall.inspection import run_inspect
+from portcall.ladder import run_debug, write_parity
 from portcall.pipeline import run_export
+from portcall.plan import ExportPlan
 from portcall.progress import Reporter
 from portcall.recipe import backend_options, shared_options
 from portcall.targets import get_target, target_names
@@ -63,6 +64,7 @@ def export(
     symmetric_weights: bool = True,
     bias_correction: bool = False,
     equalize: bool = False,
+    parity_report: bool = False,
     options: Mapping[str, Any] | None = None,
     preprocess: str | None = None,
     shapes: Shapes | None = None,
@@ -77,6 +79,7 @@ def export(
     "tensor", "group32", ...). bias_correction, equalize: see the documentation of calibration. options: of single
     backends, {"BACKEND.NAME": value}: see theirs. metric: "package.module:callable" instead of top-1. max_drop: in
     percentage points of top-1 or units of the metric; an artifact that provably loses more is a failed cell.
+    parity_report: what ``debug`` finds, as "parity_report" of each artifact and in ``logs/parity.json``.
     Returns {"schema", "results": [...]}; a cell that could not be exported holds its reason and fix. Raises
     BadInput where nothing could be run at all.
     """
@@ -93,13 +96,17 @@ def export(
         options=shared_options(keep_float, weights, symmetric_weights, bias_correction),
         backend_options=backend_options(options or {}, cells),
         equalize=equalize,
+        parity_report=parity_report,
         shapes=dict(shapes or {}),
         accuracy=Accuracy(metric, max_drop),
     )
     with open_workspace(reporter or Reporter(False), timeout_s) as work:
-        answer = {"schema": SCHEMA, "results": run_export(work, plan), "warnings": work.reporter.warnings}
+        results = run_export(work, plan)
+        answer = {"schema": SCHEMA, "results": results, "warnings": work.reporter.warnings}
     if output.is_dir():
         with contextlib.suppress(OSError):
+            if parity_report:
+                write_parity(output, results)
             artifacts.write_json(output / "export.json", answer)
     return answer
 
@@ -139,6 +146,19 @@ def inspect(
     """
     with open_workspace(reporter or Reporter(False), timeout_s) as work:
         return {"schema": SCHEMA, **run_inspect(work, str(model_or_artifact), dict(shapes or {}))}
+
+
+def debug(
+    artifact: str | Path, *, timeout_s: float = TIMEOUT_S, reporter: Reporter | None = None
+) -> dict[str, Any]:
+    """Compare an artifact with its source tensor by tensor, on its own samples, and name the first that diverges.
+
+    Returns {"schema", "artifact", "outcome", "parity", "stages", "first_divergence": {"layer", "tensor", "sqnr_db",
+    ...} | None, "tensors": [...], "notes"}: see the documentation of parity. Raises BadInput where the source is
+    missing or has changed.
+    """
+    with open_workspace(reporter or Reporter(False), timeout_s) as work:
+        return run_debug(work, Path(artifact))
 
 
 def benchmark(

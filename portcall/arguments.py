@@ -1,4 +1,4 @@
-"""What the command line accepts: every command, option and help text."""
+"""What the command line accepts: every command, option and help text. Long: all commands are in one place."""
 
 from __future__ import annotations
 
@@ -50,6 +50,7 @@ exit codes: 0 all done; 1 an artifact failed verification; 2 bad input, nothing 
     _export(commands)
     _verify(commands)
     _inspect(commands)
+    _debug(commands)
     _bench(commands)
     completion = _command(
         commands,
@@ -261,6 +262,11 @@ def _recipe_options(parser: argparse.ArgumentParser) -> None:
         "--asymmetric-weights", action="store_true", help="weights with a zero point of their own"
     )
     parser.add_argument(
+        "--parity-report",
+        action="store_true",
+        help="compare every artifact with its source tensor by tensor, into DIR/logs/parity.json (as portcall debug)",
+    )
+    parser.add_argument(
         "--bias-correction",
         action="store_true",
         help="let biases make up for the mean error of rounded weights; measure whether it helps your network",
@@ -313,6 +319,21 @@ def _inspect(commands: Any) -> None:
         default=[],
         metavar="NAME=1x128",
         help="shape of an input with dynamic dimensions, for multiply-accumulates (repeatable)",
+    )
+
+
+def _debug(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "debug",
+        "show where an artifact leaves its source: tensor by tensor, the first divergence on top",
+        "portcall debug out/onnxruntime-int8",
+    )
+    parser.add_argument(
+        "artifact", metavar="ARTIFACT", help="a folder written by portcall export; its source model is run"
+    )
+    parser.add_argument(
+        "--all", action="store_true", help="list every tensor, not only the worst of each layer"
     )
 
 

@@ -6,15 +6,14 @@ import datetime
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import portcall
 from portcall import artifact as artifacts
 from portcall import compression, trained
-from portcall.accuracy import Accuracy, BudgetExceeded, Scored, check_budget
+from portcall.accuracy import BudgetExceeded, check_budget
 from portcall.calibrating import CalibrationOptions, observe
 from portcall.calibration.table import CalibrationTable, DataRecord, Section, table_sha256
 from portcall.core import (
@@ -35,41 +34,12 @@ from portcall.core import (
 )
 from portcall.example import example_text
 from portcall.exporters import get_backend
-from portcall.recipe import BackendOptions, cell_options
+from portcall.ladder import climb
+from portcall.plan import ExportPlan, Samples
+from portcall.recipe import cell_options
 from portcall.workspace import DataArgument, Workspace, lower, read_data
 
 T = TypeVar("T")
-
-
-@dataclass(slots=True)
-class ExportPlan:
-    """Everything ``export`` was asked for."""
-
-    model: str
-    cells: Sequence[Cell]
-    output: Path
-    data: DataArgument | None = None
-    evaluation: DataArgument | None = None
-    table: Path | None = None
-    method: str = "minmax"
-    options: Mapping[str, Any] = field(default_factory=dict)
-    """Of every cell's recipe: see ``Recipe``."""
-    backend_options: BackendOptions = field(default_factory=dict)
-    equalize: bool = False
-    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    accuracy: Accuracy = field(default_factory=Accuracy)
-
-
-@dataclass(frozen=True, slots=True)
-class Samples:
-    """The evaluation samples with the reference's outputs, and the few of them that every artifact carries."""
-
-    folder: Path
-    packed: Path
-    packed_n: int
-    scored: Scored
-    notes: Sequence[str] = ()
-    """Warnings about these samples, for every manifest."""
 
 
 class Cells:
@@ -116,6 +86,13 @@ class Cells:
                 f"Give DATA to calibrate these on: portcall export {self._plan.model} --to {cell} --data DATA -o DIR",
             )
         return bool(missing)
+
+    def ladder(self, cell: Cell, samples: Samples) -> dict[str, Any]:
+        """Return the parity ladder of the artifact of *cell* (``--parity-report``): see ``portcall.ladder``."""
+        graph = self._graphs[self._backends[cell.backend].graph]
+        assert isinstance(graph, Graph)
+        artifact, manifest = artifacts.open_artifact(self._plan.output.resolve() / cell.folder)
+        return climb(self._work, artifact, manifest, graph, samples.folder, samples.packed_n or 1)
 
     def _lower(self, backend: Backend) -> Graph:
         return lower(self._work, self._source, backend, self._plan.equalize)
@@ -307,12 +284,14 @@ class Cells:
         samples: Samples,
     ) -> dict[str, Any]:
         calibration = None
+        precision = self._backends[cell.backend].capabilities.precisions[cell.precision]
         if section is not None:
             calibration = {
                 "table_sha256": None if self._plan.table is None else table_sha256(self._plan.table),
                 "method": recipe.method,
                 "data_sha256": section.data.sha256,
                 "n": section.n,
+                "ranges": {k: r.to_json()[:3] for k, r in _ranges(section, recipe, precision).items()},
             }
         data = self._plan.data or self._plan.evaluation
         return {

@@ -109,6 +109,7 @@ def _run_export(options: argparse.Namespace) -> tuple[dict[str, Any], str, int]:
         symmetric_weights=not options.asymmetric_weights,
         bias_correction=options.bias_correction,
         equalize=options.equalize,
+        parity_report=options.parity_report,
         options=dict(options.options),
         preprocess=options.preprocess,
         shapes=dict(options.shape),
@@ -117,7 +118,13 @@ def _run_export(options: argparse.Namespace) -> tuple[dict[str, Any], str, int]:
         timeout_s=options.timeout,
         reporter=Reporter(True),
     )
-    return answer, export_table(answer["results"]), _code(answer["results"], options.allow_unavailable)
+    text, code = export_table(answer["results"]), _code(answer["results"], options.allow_unavailable)
+    if options.parity_report:
+        from portcall.ladder_report import report_code, report_lines
+
+        text += "\n\n" + "\n".join(report_lines(answer["results"]))
+        code = report_code(answer["results"], code)
+    return answer, text, code
 
 
 def _run_verify(options: argparse.Namespace) -> tuple[dict[str, Any], str, int]:
@@ -146,6 +153,15 @@ def _run_inspect(options: argparse.Namespace) -> tuple[dict[str, Any], str, int]
         options.model, shapes=dict(options.shape), timeout_s=options.timeout, reporter=Reporter(True)
     )
     return answer, inspect_table(answer), OK
+
+
+def _run_debug(options: argparse.Namespace) -> tuple[dict[str, Any], str, int]:
+    from portcall import api
+    from portcall.ladder_report import exit_code, ladder_table
+    from portcall.progress import Reporter
+
+    answer = api.debug(options.artifact, timeout_s=options.timeout, reporter=Reporter(True))
+    return answer, ladder_table(answer, options.all), exit_code(answer)
 
 
 def _run_bench(options: argparse.Namespace) -> tuple[dict[str, Any], str, int]:
@@ -187,6 +203,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], tuple[dict[str, Any], str, in
     "export": _run_export,
     "verify": _run_verify,
     "inspect": _run_inspect,
+    "debug": _run_debug,
     "bench": _run_bench,
 }
 """Per command: a function to (what --json prints, the table, the exit code)."""

@@ -18,9 +18,10 @@ from portcall.accuracy import Accuracy, Scored
 from portcall.calibration.input_statistics import compare
 from portcall.calibration.methods import check_method
 from portcall.calibration.table import CalibrationTable, DataRecord
-from portcall.cells import Cells, ExportPlan, Samples, failed_cell
+from portcall.cells import Cells, failed_cell
 from portcall.core import BadInput, PortcallError, Source
 from portcall.exporters import get_backend
+from portcall.plan import ExportPlan, Samples
 from portcall.workspace import Workspace, open_source, read_data, run_reference, with_data_shapes
 
 SYNTHETIC_SAMPLES = 4
@@ -70,6 +71,8 @@ def run_export(work: Workspace, plan: ExportPlan) -> list[dict[str, Any]]:
             if isinstance(samples, PortcallError):
                 raise samples
             results.append(cells.run(cell, samples, start))
+            if plan.parity_report:
+                results[-1]["parity_report"] = cells.ladder(cell, samples)
         except PortcallError as error:
             # What no check before could see ends the command as long as nothing was written.
             if isinstance(error, BadInput) and not any(r["path"] for r in results):

@@ -9,7 +9,7 @@ from portcall.core import BadInput, Cell, Graph, Source, UnsupportedError
 from portcall.exporters import _trained_check, _trained_tflite
 
 if TYPE_CHECKING:
-    from portcall.cells import ExportPlan
+    from portcall.plan import ExportPlan
 
 PRECISION = "int8"
 

@@ -350,6 +350,50 @@ class Session:
 
 
 @dataclass(frozen=True)
+class Shown:
+    """A tensor that an artifact shows, by its name in the graph that the artifact was made from.
+
+    scale, zero_point, levels: where it holds integers q in levels[0]..levels[1]; its values are
+    scale * (q - zero_point). readers: names of that graph's operators that read this very value, where the artifact
+    holds the tensor both in floats and in integers; empty for all.
+    """
+
+    name: str
+    scale: Optional[float] = None
+    zero_point: int = 0
+    levels: Tuple[int, int] = (0, 0)
+    readers: Tuple[str, ...] = ()
+
+    def to_json(self) -> Dict[str, Any]:
+        return {
+            "name": self.name,
+            "scale": self.scale,
+            "zero_point": self.zero_point,
+            "levels": list(self.levels),
+            "readers": list(self.readers),
+        }
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Shown:
+        levels = (int(data["levels"][0]), int(data["levels"][1]))
+        return Shown(data["name"], data["scale"], data["zero_point"], levels, tuple(data["readers"]))
+
+
+class Trace:
+    """An artifact whose intermediate tensors can be seen. how: the runtime, and what differs from a deployed run."""
+
+    tensors: Tuple[Shown, ...]
+    how: str
+
+    def run(self, arrays: Mapping[str, Any]) -> Sequence[Any]:
+        """Return float arrays in the order of ``tensors`` and in their graph's order of axes, for one sample.
+
+        arrays: source input name -> ndarray as the source takes it.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
 class Artifact:
     """An artifact, or a bare file, as a device sees it: its folder, the file to load, and its tensors.
 
@@ -458,6 +502,7 @@ class Backend:
     into *dir* and returns its file's name; cached by the agent, and given to load as ``Artifact.finished``.
     interpret: like load, for a backend whose runtime is not at hand where it exports: runs the portable part of the
     artifact with another runtime. ``verify`` falls back on it and labels the parity; ``bench`` never uses it.
+    trace: shows the intermediate tensors of an artifact, for ``debug``; without it only the outputs are compared.
     example: the text of an ``example.py`` that needs only the runtime; @ENTRY@ stands for the file to load, @COMMON@
     for what defines ``here``, ``samples`` and ``show(name, value)``.
     """
@@ -474,3 +519,4 @@ class Backend:
     interpret: Optional[Callable[[Artifact, Workload], ContextManager[Session]]] = None
     finish: Optional[Callable[[Artifact, Workload, Path], str]] = None
     contents: Optional[Callable[[Artifact, Mapping[str, Tuple[int, ...]]], Contents]] = None
+    trace: Optional[Callable[[Artifact, Workload], ContextManager[Trace]]] = None
