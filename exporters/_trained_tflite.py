@@ -8,7 +8,6 @@ What has no trained scale takes that of the tensor whose values it moves, or the
 from __future__ import annotations
 
 import json
-import warnings
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence
 
@@ -228,13 +227,11 @@ def _run_flatbuffer(path: Path, sample: Mapping[str, Any], indices: Sequence[int
     from ai_edge_litert import interpreter as litert
 
     kinds = litert.OpResolverType
-    with warnings.catch_warnings():  # that keeping all tensors takes memory
-        warnings.simplefilter("ignore")
-        interpreter = litert.Interpreter(
-            str(path),
-            experimental_preserve_all_tensors=True,
-            experimental_op_resolver_type=kinds.BUILTIN_WITHOUT_DEFAULT_DELEGATES,
-        )
+    interpreter = litert.Interpreter(
+        str(path),
+        experimental_preserve_all_tensors=True,
+        experimental_op_resolver_type=kinds.BUILTIN_WITHOUT_DEFAULT_DELEGATES,
+    )
     interpreter.allocate_tensors()
     runner = interpreter.get_signature_runner()
     runner(**{name: sample[name] for name in runner.get_input_details()})

@@ -25,6 +25,7 @@ pytestmark = pytest.mark.filterwarnings(  # torch.ao and torchao warn of their o
     "ignore::FutureWarning",
     "ignore:torch.quantize_per_tensor:UserWarning",
     "ignore:Please use quant_min:UserWarning",
+    "ignore:.*preserve_all_tensors:UserWarning",  # of ai-edge-quantizer's own interpreter
 )
 
 
