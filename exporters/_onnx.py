@@ -94,8 +94,8 @@ def _optimize(raw: Path, path: Path) -> None:
     options.add_session_config_entry(
         "session.optimized_model_external_initializers_file_name", path.name + ".data"
     )
-    # Of a quantized model they would quantize float weights and biases, and put pairs where it has none.
-    invented = ["WeightBiasQuantization", "QDQPropagationTransformer"]
+    # It would quantize float weights and biases of a quantized model on its own account.
+    invented = ["WeightBiasQuantization"]
     ort.InferenceSession(str(raw), options, providers=["CPUExecutionProvider"], disabled_optimizers=invented)
     before = onnx.load(str(raw), load_external_data=False)
     model = onnx.load(str(path))

@@ -21,7 +21,11 @@ from benchmarks import quantized_networks, quantized_sources  # after what they 
 
 CELLS = ["onnxruntime:int8", "tflite:int8"]
 pytestmark = pytest.mark.filterwarnings(  # torch.ao and torchao warn of their own age
-    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:torch.quantize_per_tensor:UserWarning"
+    "ignore::DeprecationWarning",
+    "ignore::FutureWarning",
+    "ignore:torch.quantize_per_tensor:UserWarning",
+    "ignore:Please use quant_min:UserWarning",
+    "ignore:.*preserve_all_tensors:UserWarning",  # of ai-edge-quantizer's own interpreter
 )
 
 
