@@ -26,6 +26,8 @@ class OpenVinoTrace(Trace):
             if node.get_type_name() in ("Constant", "Result", "Parameter"):
                 continue
             for port in node.outputs():
+                if node.get_type_name() == "FakeQuantize" and not port.get_names():
+                    _name_after_input(node, port)
                 names = sorted(port.get_names())
                 if not names or port.get_element_type() not in (ov.Type.f32, ov.Type.f16):
                     continue
@@ -65,6 +67,13 @@ class OpenVinoTrace(Trace):
         values: Dict[str, Any] = {name: results[number] for name, number in self._index.items()}
         values.update(feeds)
         return [np.asarray(values[name], np.float32) for _, name in self._found]
+
+
+def _name_after_input(node: Any, port: Any) -> None:
+    """Name a FakeQuantize that lost its name, when a Transpose behind it went into a product, as the quantizer did."""
+    before = sorted(node.input_value(0).get_names())
+    if before:
+        port.get_tensor().set_names({before[0] + BEHIND_PAIR})
 
 
 def _shown(node: Any, names: Sequence[str], port: Any) -> Any:
