@@ -6,7 +6,7 @@ A float graph is run whole, and in cuts: every operator on the values that an ar
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Collection, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Collection, Dict, FrozenSet, List, Mapping, Optional, Sequence, Tuple
 
 from portcall.targets.agent.contract import Shown
 
@@ -123,6 +123,9 @@ class FloatGraph:
     ties: Mapping[str, int]
     constant_adders: Mapping[str, float]
     """Tensors that come from an operator with a further constant, which a quantizer rounds in its own way."""
+
+    interpolated: FrozenSet[str] = frozenset()
+    """Tensors that come from a function which integer kernels interpolate in a table."""
 
     def run(self, arrays: Mapping[str, Any]) -> Dict[str, Any]:
         """Return every float tensor for one sample (source input name -> array)."""

@@ -84,6 +84,7 @@ class TfliteFloatGraph(FloatGraph):
             if kind in ROUNDED_CONSTANTS
             and any(_tflite.constant(self._model, int(j)) is not None for j in op.inputs)
         }
+        self.interpolated = frozenset(self._names[i] for i, _, kind in made if kind == "RSQRT")
         self._whole: Optional[Tuple[Any, Dict[str, int]]] = None
 
     def _layer(self, op: Any, tensor: int, kind: str) -> Layer:

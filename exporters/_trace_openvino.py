@@ -47,8 +47,7 @@ class OpenVinoTrace(Trace):
             "INFERENCE_PRECISION_HINT": "f32",
             "INFERENCE_NUM_THREADS": threads,
             "NUM_STREAMS": 1,
-            # Where a tensor is an output as well, this plugin's low precision passes leave Q/DQ out beside a product of
-            # two activations (2026.4): the file as it stands is what is compared.
+            # What is compared is the file as it stands.
             "LP_TRANSFORMS_MODE": "NO",
             # Without them int8 weights would let it round activations at run time.
             "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,

@@ -75,14 +75,21 @@ def census(artifact: Artifact, shapes: Mapping[str, Tuple[int, ...]]) -> Census:
 
 
 class ExecuTorchSession(Session):
-    """A method of a loaded program. Its threads are those of the process: ExecuTorch has one pool."""
+    """A method of a loaded program. Its threads are those of the process: ExecuTorch has one pool.
+
+    The first session sets its size; a program that runs must not lose the pool that it was loaded with.
+    """
+
+    _is_pool_set = False
 
     def __init__(self, path: Path, threads: int) -> None:
         from importlib.metadata import version
 
         from executorch.extension.pybindings import portable_lib
 
-        portable_lib._unsafe_reset_threadpool(threads)
+        if not ExecuTorchSession._is_pool_set:
+            portable_lib._unsafe_reset_threadpool(threads)
+            ExecuTorchSession._is_pool_set = True
         try:
             self._program = portable_lib._load_program(str(path))
             self._method = self._program.load_method(METHOD)

@@ -15,6 +15,7 @@ from portcall.exporters._floats import FloatGraph, Layer, Rounding, segment
 from portcall.ladder_kinds import describe
 from portcall.ladder_source import source_tensors
 from portcall.ladder_statistics import (
+    INTERPOLATED,
     OTHER_WEIGHTS,
     SAME_WEIGHTS,
     Grid,
@@ -177,7 +178,8 @@ class _Tap:
         self._residuals = []
         for one in shown:
             loose = one.name in floats.constant_adders
-            chosen = Tolerance(OTHER_WEIGHTS if loose else tolerance.weights, tolerance.half)
+            half = max(tolerance.half, INTERPOLATED if one.name in floats.interpolated else 0.0)
+            chosen = Tolerance(OTHER_WEIGHTS if loose else tolerance.weights, half)
             grid = expected_grid(one, ranges, floats.ties)
             self._residuals.append(Residual(one, grid, floats.axes.get(one.name), chosen))
         self._cuts = []

@@ -34,6 +34,8 @@ OTHER_WEIGHTS = 3.0
 """The same where an exporter rounds in a way of its own (sums kept, biases corrected)."""
 FLOAT_FLOOR = 2e-4
 """Relative error of float32 sums in another order, with activation functions by approximation."""
+INTERPOLATED = 1e-3
+"""Relative error of LiteRT's int16 RSQRT: 513 values of a table with lines between them (1.6e-3 at most, measured)."""
 SLACK = 0.15
 """Of a step: integer kernels round their multipliers and biases too."""
 EXACT = 0.02
@@ -63,7 +65,7 @@ def recipe_grid(found: Range, shown: Shown) -> Grid:
     """Return the grid that a recipe's range gives to a tensor of the artifact's integer type."""
     steps = shown.levels[1] - shown.levels[0]
     low, high = min(found.minimum, 0.0), max(found.maximum, 0.0)
-    if found.symmetric or (shown.zero_point == 0 and shown.levels[0] < 0 and low < 0 and steps > 255):
+    if found.symmetric or (shown.zero_point == 0 and shown.levels[0] < 0 and steps > 255):  # LiteRT: int16
         step = max(-low, high) / shown.levels[1] or 1.0
         return Grid(step, shown.levels[0] * step, shown.levels[1] * step)
     step = (high - low) / steps or 1.0

@@ -45,8 +45,20 @@ def fold(module: torch.nn.Module) -> tuple[torch.nn.Module, tuple[str, ...]]:
 
 
 def training_parts(module: torch.nn.Module) -> list[str]:
-    """Return the names of the submodules that are in training mode although *module* may be in eval mode."""
-    return [f"{name} ({type(part).__name__})" for name, part in module.named_modules() if part.training]
+    """Return the names of the submodules that are in training mode although *module* may be in eval mode.
+
+    Of a traced graph only those count that compute something else then: torch.ao's conversion leaves the flags of its
+    own modules as they come.
+    """
+    import torch
+
+    traced = isinstance(module, torch.fx.GraphModule)
+    kinds = (torch.nn.modules.batchnorm._NormBase, torch.nn.modules.dropout._DropoutNd)
+    return [
+        f"{name} ({type(part).__name__})"
+        for name, part in module.named_modules()
+        if part.training and (not traced or isinstance(part, kinds))
+    ]
 
 
 def _hooked(module: torch.nn.Module) -> bool:
