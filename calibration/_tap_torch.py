@@ -16,8 +16,10 @@ def open_tap(graph: Graph, threads: int) -> Tap:
     """Return the one pass over an exported program: its inputs and every floating-point tensor a node makes."""
     import torch
 
+    from portcall.source_torch import load_program
+
     torch.set_num_threads(threads)
-    program = torch.export.load(graph.path)
+    program = load_program(graph.path)
     module: Any = program.module(check_guards=False)
     names = [node.name for node in module.graph.nodes if _is_watched(node, node.meta.get("val"))]
     makers = {n.name: str(n.target) for n in module.graph.nodes}

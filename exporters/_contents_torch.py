@@ -23,9 +23,9 @@ QUANTIZING = re.compile(r"(fake_)?(de)?quantize|fused_moving_avg_obs_fake_quant"
 
 def read(source: Source) -> Contents:
     """Return the contents of a ``.pt2`` (what a factory was exported to). Loading it runs code: in a worker only."""
-    import torch
+    from portcall.source_torch import load_program
 
-    program = torch.export.load(source.path)
+    program = load_program(source.path)
     reader = _Reader(program)
     weights = reader.weights()
     other, zeros = reader.others()

@@ -118,7 +118,6 @@ def _quantized(
 
 def _check_kernels(graph: Graph, traced: Any, outside: List[Any], program: Any) -> None:
     """Raise UnsupportedError for operators outside of the delegates that the runtime has no kernel for."""
-    import torch
     from executorch.runtime import Runtime
 
     from portcall.exporters import _executorch, _unsupported
@@ -135,7 +134,9 @@ def _check_kernels(graph: Graph, traced: Any, outside: List[Any], program: Any) 
     where = "" if node is None else _executorch.onnx_name(traced, node)
     line = ""
     if graph.source.format != "onnx":
-        line = _unsupported._location(torch.export.load(graph.source.path), stem)
+        from portcall.source_torch import load_program
+
+        line = _unsupported._location(load_program(graph.source.path), stem)
     place = ", ".join(filter(None, (line, where and f"ONNX node {where!r}")))
     raise UnsupportedError(
         f"ExecuTorch's runtime has no kernel for torch's {kind}" + (f" ({place})" if place else ""),

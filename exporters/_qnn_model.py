@@ -69,8 +69,10 @@ def write_model(
     """Write a graph of fixed shapes as the ONNX file of a precision; return the names of its files, and notes."""
     import onnx
 
-    from portcall.exporters import _half_weights, _onnx, _qdq
+    from portcall.exporters import _half_weights, _onnx, _qdq, _trained_rewrite
 
+    if graph.source.quantized:
+        return _trained_rewrite.write(graph.path, path), ()
     if recipe.precision == "fp16":
         model = onnx.load(str(graph.path))
         _half_weights.round_weights(model)

@@ -160,6 +160,7 @@ def _explained(
     import torch
 
     from portcall.exporters import _unsupported
+    from portcall.source_torch import load_program
 
     legal = re.search(r"([\w.]+\.py:\d+)?[^\n]*failed to legalize operation '([\w.]+)'", str(error))
     if legal is not None:
@@ -174,7 +175,7 @@ def _explained(
             "See the log of this step, or export with onnxruntime",
         )
     if source.format != "onnx":
-        return _unsupported.explain(error, torch.export.load(source.path), "TFLite")
+        return _unsupported.explain(error, load_program(source.path), "TFLite")
     program = torch.export.export(module, args)
     found = _unsupported.explain(error, program, "TFLite")
     if found is None:

@@ -14,7 +14,7 @@ from portcall.exporters._trained import Entry, Quantization
 from portcall.targets.agent.contract import Graph
 from portcall.targets.agent.errors import VerificationFailed
 
-BACKENDS = ("onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "coreml", "tflite", "tflite_micro")
+BACKENDS = ("onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "coreml", "tflite", "tflite_micro", "qnn")
 """Backends that take quantized sources: those whose artifacts are read back here."""
 HALF = "rounded to float16"
 ROUNDING = 4e-7

@@ -113,7 +113,7 @@ def export(graph: Graph, recipe: Recipe, ranges: Optional[Ranges], directory: Pa
         json.dumps({"schema": 1, "contexts": [c.to_json() for c in contexts]}, indent=1), encoding="utf-8"
     )
     files = (*files, CONTEXTS)
-    if ranges is not None:
+    if ranges is not None or graph.source.quantized:
         files = (*files, _qnn_model.write_encodings(path, directory))
     dlc, told = _qnn_dlc.convert(path)
     versions = {

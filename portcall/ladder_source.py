@@ -43,7 +43,9 @@ def _onnx(source: Source) -> Callable[[Mapping[str, Array]], dict[str, Array]]:
 def _torch(source: Source) -> Callable[[Mapping[str, Array]], dict[str, Array]]:
     import torch
 
-    module = torch.export.load(source.path).module(check_guards=False)
+    from portcall.source_torch import load_program
+
+    module = load_program(source.path).module(check_guards=False)
     names = [str(n.name) for n in module.graph.nodes if n.op == "placeholder"]
 
     class Recorder(torch.fx.Interpreter):

@@ -34,6 +34,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three networks that were trained for a few steps: what is tested is what becomes of their scales."""
     place = tmp_path_factory.mktemp("quantized networks")
     quantized_networks.write(place, steps=30)
+    with np.load(place / "evaluation.npz") as stored:
+        few: dict[str, Any] = {name: stored[name][:16] for name in stored.files}
+    np.savez(place / "few.npz", **few)
     return place
 
 
@@ -58,6 +61,20 @@ def test_trained_scales_are_exported_without_data(
         manifest = json.loads((Path(result["path"]) / "manifest.json").read_text())
         assert manifest["trained"] == trained and manifest["calibration"] is None
         assert result["arithmetic"]["integer_macs_share"] == 1.0
+
+
+@pytest.mark.parametrize("name", ["pt2e", "fx", "onnx"])
+def test_a_context_binary_is_built_with_the_trained_scales(
+    name: str, models: dict[str, str], folder: Path, tmp_path: Path
+) -> None:
+    answer = portcall.api.export(models[name], "qnn:int8", tmp_path / "out", evaluation=folder / "few.npz")
+    [result] = answer["results"]
+    if result["outcome"] == "unavailable":
+        pytest.skip(f"qnn: {result['reason']}; fix: {result['fix']}")
+    assert result["outcome"] == "artifact", result["reason"]
+    assert result["trained"]["changed"] == [] and result["parity"]["sqnr_db"] > 25
+    assert sum("holds the whole graph" in note for note in result["notes"]) == 2
+    assert not any("not checked" in note for note in result["notes"])
 
 
 def test_the_saved_weights_are_the_trained_integers(models: dict[str, str], tmp_path: Path) -> None:
