@@ -103,6 +103,16 @@ def quantize(
     return Quantized(integers, scale, zero_point, bits, axis, block)
 
 
+def on_grid(weight: Array, scale: Array | float, axis: int | None) -> Quantized:
+    """Return *weight* as int8 with given scales: one, or one for every index of *axis*; zero is the integer 0."""
+    values, scales = np.asarray(weight, np.float32), np.asarray(scale, np.float32)
+    if scales.size == 1:
+        axis, scales = None, scales.reshape(())
+    spread = _spread(scales, values.shape, axis, 0)
+    integers = np.clip(np.rint(values / spread), -128, 127).astype(np.int8)
+    return Quantized(integers, scales, np.zeros(scales.shape, np.int8), 8, axis, 0)
+
+
 def _extremes(values: Array, axis: int | None, block: int) -> tuple[Array, Array]:
     """Return minimum and maximum, float64, in the shape of the scale."""
     if axis is None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Any, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 from portcall.targets.agent.contract import Graph, Ranges, Recipe
 from portcall.targets.agent.errors import CellFailed, UnsupportedError
+
+LEFT_OUT = "left_out.json"
 
 
 class Converted(NamedTuple):
@@ -21,7 +23,7 @@ class Converted(NamedTuple):
 def convert(graph: Graph, recipe: Recipe, ranges: Optional[Ranges], directory: Path) -> Converted:
     """Return *graph* as a program of its example shapes; *directory* takes intermediate files.
 
-    Raises UnsupportedError for a graph that is quantized already, for control flow, for operators that ExecuTorch has
+    Raises UnsupportedError for control flow, for operators that ExecuTorch has
     no kernel for (with the source line or ONNX node) and for weights that XNNPACK does not compute with; CellFailed
     where *ranges* lacks a tensor.
     """
@@ -30,14 +32,14 @@ def convert(graph: Graph, recipe: Recipe, ranges: Optional[Ranges], directory: P
     from portcall.exporters import _executorch, _qdq
 
     model = onnx.load(str(graph.path))
-    _check_float(model)
     notes: Tuple[str, ...] = ()
     if recipe.precision == "fp32":
         traced = _executorch.trace(graph.path, graph)
     else:
         if recipe.precision == "int8":
             _qdq.check_no_control_flow(model)
-        traced, notes = _quantized(graph, model, recipe, ranges, directory)
+        make = _trained if graph.source.quantized else _quantized
+        traced, notes = make(graph, model, recipe, ranges, directory)
     edge, program = _executorch.lower(traced)
     outside = _executorch.outside(edge)
     _check_kernels(graph, traced, outside, program)
@@ -47,22 +49,13 @@ def convert(graph: Graph, recipe: Recipe, ranges: Optional[Ranges], directory: P
     return Converted(bytes(program.buffer), traced.output_shapes, notes)
 
 
-def _check_float(model: Any) -> None:
-    found = [n for n in model.graph.node if n.op_type in ("QuantizeLinear", "DequantizeLinear")]
-    if found:
-        raise UnsupportedError(
-            f"this model is quantized already: node {found[0].name!r}",
-            "Give the float model, which portcall quantizes, or export it with onnxruntime",
-        )
-
-
 def _quantized(
     graph: Graph, model: Any, recipe: Recipe, ranges: Optional[Ranges], directory: Path
 ) -> Tuple[Any, Tuple[str, ...]]:
     """Return the traced graph with Q/DQ pairs, and notes: what stayed in float and why."""
     from portcall.calibration.weights import scheme_of
     from portcall.exporters import _correction, _executorch, _onnx, _qdq
-    from portcall.exporters._executorch_quantize import Quantizer
+    from portcall.exporters._executorch_quantize import Quantizer, encoding_of
 
     options, precision = recipe.options, recipe.precision
     scheme = scheme_of(options)
@@ -100,7 +93,8 @@ def _quantized(
         beyond = {name for name, r in ranges.items() if r.is_beyond_int8()}
         sentinels = [n.name for n in model.graph.node if beyond & {*n.input, *n.output}]
         notes += _qdq.float_notes(sentinels)
-        quantizer.static(ranges, products_only=_qdq._is_transformer(model.graph))
+        encodings = {name: encoding_of(r) for name, r in ranges.items() if name not in beyond}
+        quantizer.static(encodings, products_only=_qdq._is_transformer(model.graph))
         left = [name for name in quantizer.left if name not in sentinels]
         notes += _qdq.named("matrix products that quantize their input at run time", quantizer.at_run_time)
     else:
@@ -114,6 +108,49 @@ def _quantized(
     notes += _qdq.named("left in float32, XNNPACK has no such integer kernel for them", left)
     quantizer.insert()
     return traced, notes
+
+
+def _trained(
+    graph: Graph, model: Any, recipe: Recipe, ranges: Optional[Ranges], directory: Path
+) -> Tuple[Any, Tuple[str, ...]]:
+    """Return the traced float graph of a quantized source with pairs of its own scales, and notes.
+
+    Leaves LEFT_OUT: the names of the trained tensors that XNNPACK computes in float, for ``_trained_check``.
+    """
+    import json
+
+    from portcall.calibration.weights import scheme_of
+    from portcall.exporters import _executorch, _onnx, _qdq, _trained_rewrite
+    from portcall.exporters._executorch_quantize import Encoding, Quantizer
+
+    entries = _trained_rewrite.split(model)
+    files = _onnx.save(model, directory / "float.onnx")
+    traced = _executorch.trace(directory / "float.onnx", graph)
+    for file in files:
+        (directory / file).unlink()
+    encodings: Dict[str, Encoding] = {}
+    weights: Dict[str, Any] = {}
+    readers = {name: node.name for node in model.graph.node for name in node.input}
+    for entry in entries:
+        if entry.is_weight:
+            weights[readers.get(entry.tensor, entry.layer)] = entry.quantization.symmetric().scales
+        elif len(entry.quantization.scales) == 1:
+            found = entry.quantization.as_int8()
+            encodings.setdefault(entry.tensor, Encoding(found.scales[0], found.zero_points[0]))
+    inputs = [graph.names[t.name] for t in graph.source.inputs]
+    quantizer = Quantizer(
+        traced, _executorch.tensor_names(traced, inputs), (), scheme_of({"weights": "channel"})
+    )
+    quantizer.static(encodings, trained=weights)
+    if not quantizer.chosen:
+        raise UnsupportedError(
+            "XNNPACK computes no operator of this quantized model on integers", "Export it to onnxruntime"
+        )
+    held = {*quantizer.tensors, *(e.tensor for e in entries if e.is_weight and e.layer in quantizer.weighted)}
+    left = sorted({e.tensor for e in entries} - held)
+    (directory / LEFT_OUT).write_text(json.dumps(left) + "\n", encoding="utf-8")
+    quantizer.insert()
+    return traced, _qdq.named("left in float32, XNNPACK has no such integer kernel for them", quantizer.left)
 
 
 def _check_kernels(graph: Graph, traced: Any, outside: List[Any], program: Any) -> None:

@@ -27,6 +27,10 @@ class Value(NamedTuple):
     zero_point: Optional[int]
     data: Optional[str]
     """The key of a constant in the file's named data."""
+    scales: Tuple[float, ...] = ()
+    """Per channel, where they stand beside the tensor."""
+    scales_data: Optional[str] = None
+    """Per channel: their key in the file's named data."""
 
 
 class Operator(NamedTuple):
@@ -46,11 +50,16 @@ class Operator(NamedTuple):
 
 
 class Program(NamedTuple):
-    """delegates: operators of each. outside: portable operators with the sizes of their tensors. data: named data."""
+    """delegates: operators of each. outside: portable operators with the sizes of their tensors. data: named data.
+
+    payloads: of the delegates, as they lie in the file. Scales of single tensors in *delegates* have six decimals
+    (flatc writes no more), in a payload all of float32's bits.
+    """
 
     delegates: Tuple[Tuple[Operator, ...], ...]
     outside: Tuple[Tuple[str, Tuple[Tuple[int, ...], ...]], ...]
     data: Mapping[str, bytes]
+    payloads: Tuple[bytes, ...] = ()
 
 
 def read(path: Path) -> Program:
@@ -75,12 +84,14 @@ def _program(file: Any) -> Program:
     [plan] = [p for p in file.program.execution_plan if p.name == "forward"]
     delegates: List[Tuple[Operator, ...]] = []
     outside: List[Tuple[str, Tuple[Tuple[int, ...], ...]]] = []
+    payloads: List[bytes] = []
     for chain in plan.chains:
         for instruction in chain.instructions:
             call = instruction.instr_args
             if isinstance(call, DelegateCall):
                 delegate = plan.delegates[call.delegate_index]
                 content = bytes(file.program.backend_delegate_data[delegate.processed.index].data)
+                payloads.append(content)
                 delegates.append(_operators(content) if delegate.id == "XnnpackBackend" else ())
             elif isinstance(call, KernelCall):
                 op = plan.operators[call.op_index]
@@ -89,7 +100,7 @@ def _program(file: Any) -> Program:
                 outside.append((f"{op.name}.{op.overload}" if op.overload else op.name, sizes))
     named = file.named_data
     data = {} if named is None else {k: _bytes(named, entry) for k, entry in named.pte_data.items()}
-    return Program(tuple(delegates), tuple(outside), data)
+    return Program(tuple(delegates), tuple(outside), data, tuple(payloads))
 
 
 def _bytes(named: Any, entry: Any) -> bytes:
@@ -110,12 +121,15 @@ def _operators(content: bytes) -> Tuple[Operator, ...]:
         value = entry["xvalue_union"]
         tensor, scales = value.get("tensor_value", value), value.get("quant_params", {})
         number = tensor["constant_buffer_idx"]
+        found, place = scales.get("scale"), scales.get("scale_buffer_idx", -1)
         values[tensor["id_out"]] = Value(
             tensor["datatype"],
             tuple(tensor["dims"]),
-            scales.get("scale") if isinstance(scales.get("scale"), (int, float)) else None,
+            found if isinstance(found, (int, float)) else None,
             scales.get("zero_point"),
             keys[number] if number < len(keys) else None,
+            tuple(found) if isinstance(found, list) else (),
+            keys[place] if 0 <= place < len(keys) else None,
         )
     return tuple(_operator(node, values) for node in graph["xnodes"])
 

@@ -22,7 +22,7 @@ from typing import (
     Tuple,
 )
 
-from portcall.targets.agent.contract import Range, Ranges
+from portcall.targets.agent.contract import Range
 
 if TYPE_CHECKING:
     from portcall.calibration.weights import Scheme
@@ -116,21 +116,29 @@ class Quantizer:
         self._joins: Dict[Any, Encoding] = {}
         self._weights: Dict[Any, Any] = {}
         self._dynamic: List[Any] = []
+        self._trained: Mapping[str, Any] = {}
         self.left: List[str] = []
         self.at_run_time: List[str] = []
 
     # decisions
 
-    def static(self, ranges: Ranges, products_only: bool = False) -> None:
-        """Choose every operator whose inputs and output have a range and that XNNPACK computes on integers.
+    def static(
+        self,
+        encodings: Mapping[str, Encoding],
+        products_only: bool = False,
+        trained: Optional[Mapping[str, Any]] = None,
+    ) -> None:
+        """Choose every operator whose inputs and output have an encoding and that XNNPACK computes on integers.
 
-        products_only: convolutions by ranges, and matrix products at run time: XNNPACK has none with a float output.
+        encodings: by the name of the ONNX tensor. trained: name of an ONNX node -> scales of its weight, one or one per
+        output channel; of others the scale is max|w| / 127. products_only: convolutions by ranges, and matrix products
+        at run time: XNNPACK has none with a float output.
         """
-        ops = self._ops
+        ops, self._trained = self._ops, trained or {}
         self._encodings = {
-            node: encoding_of(ranges[name])
+            node: encodings[name]
             for node, name in self._names.items()
-            if name in ranges and not ranges[name].is_beyond_int8() and _is_float32(node)
+            if name in encodings and _is_float32(node)
         }
         for node in self._graph.nodes:
             if node.op != "call_function" or self._is_kept(node):
@@ -264,7 +272,9 @@ class Quantizer:
         tensor = constant(self._traced.graph, node.args[1])
         assert tensor is not None, "_has_kernel looked at it"
         axis = (1 if node.target in self._ops.transposed else 0) if self._scheme.per_channel else None
-        return weights.quantize(tensor.detach().numpy(), axis=axis)
+        values = tensor.detach().numpy()
+        scale = self._trained.get(self._onnx_name(node))
+        return weights.quantize(values, axis=axis) if scale is None else weights.on_grid(values, scale, axis)
 
     def _onnx_name(self, node: Any) -> str:
         from portcall.exporters._executorch import onnx_name
@@ -282,6 +292,17 @@ class Quantizer:
     def chosen(self) -> bool:
         """Whether anything computes on integers."""
         return bool(self._weights or self._reads)
+
+    @property
+    def tensors(self) -> Set[str]:
+        """The names of the ONNX tensors that are stored or read as integers."""
+        nodes = {*self._stored, *(source for sources in self._reads.values() for source in sources)}
+        return {self._names[node] for node in nodes if node in self._names}
+
+    @property
+    def weighted(self) -> Set[str]:
+        """The names of the ONNX nodes whose weights are integers."""
+        return {self._onnx_name(node) for node in self._weights}
 
     # changes
 
@@ -344,7 +365,8 @@ class Quantizer:
                 zeros = torch.zeros(weight.scale.shape, dtype=torch.int64)
                 parameters = (scale, add_constant(traced, f"{stem}_zero_point", zeros), weight.axis)
                 target = ops.dequantize_per_channel.default
-            back = self._call(node, target, integers, *parameters, -127, MOST, torch.int8)
+            least = min(-127, int(weight.integers.min(initial=0)))
+            back = self._call(node, target, integers, *parameters, least, MOST, torch.int8)
         node.args = (node.args[0], back, *node.args[2:])
 
     def _quantize_at_run_time(self, node: Any, parameters: Dict[Any, Tuple[Any, Any]]) -> None:

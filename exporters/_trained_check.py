@@ -14,7 +14,17 @@ from portcall.exporters._trained import Entry, Quantization
 from portcall.targets.agent.contract import Graph
 from portcall.targets.agent.errors import VerificationFailed
 
-BACKENDS = ("onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "coreml", "tflite", "tflite_micro", "qnn")
+BACKENDS = (
+    "onnxruntime",
+    "openvino",
+    "tensorrt",
+    "tensorrt_rtx",
+    "coreml",
+    "tflite",
+    "tflite_micro",
+    "qnn",
+    "executorch",
+)
 """Backends that take quantized sources: those whose artifacts are read back here."""
 HALF = "rounded to float16"
 ROUNDING = 4e-7
@@ -30,7 +40,7 @@ def check(backend: str, graph: Graph, entry: Path) -> Tuple[Dict[str, Any], Tupl
     """
     import onnx
 
-    from portcall.exporters import _trained_tflite
+    from portcall.exporters import _trained_executorch, _trained_tflite
 
     if graph.kind == "tflite":
         stored = _trained_tflite.load(graph.path)
@@ -45,9 +55,11 @@ def check(backend: str, graph: Graph, entry: Path) -> Tuple[Dict[str, Any], Tupl
             found = _trained_read.in_openvino(entry, model, entries)
         elif backend == "coreml":
             found = _trained_read.in_coreml(entry, model, entries)
+        elif backend == "executorch":
+            found = _trained_executorch.found(entry, entries)
         else:
             found = _trained_read.in_onnx(entry)
-        absent = set()
+        absent = _trained_executorch.left_out(entry, entries) if backend == "executorch" else set()
     changed, lost = [], []
     for trained in entries:
         key = (trained.tensor, trained.is_weight)
@@ -105,7 +117,7 @@ def expected(backend: str, entry: Entry) -> List[Quantization]:
     found = entry.quantization
     if backend in ("tensorrt", "tensorrt_rtx"):
         return [found.symmetric()]
-    if backend in ("tflite", "tflite_micro"):
+    if backend in ("tflite", "tflite_micro", "executorch"):
         return [found.symmetric() if entry.is_weight else found.as_int8()]
     if backend == "coreml":
         return [found, found.half()]

@@ -65,7 +65,8 @@ def export(graph: Graph, recipe: Recipe, ranges: Optional[Ranges], directory: Pa
     )
     versions = {name: version(name) for name in ("executorch", "torch", "torchao", "onnx")}
     written_by = versions["executorch"].partition("+")[0]
-    return Exported(PROGRAM, (PROGRAM,), inputs, outputs, versions, converted.notes, written_by)
+    files = (PROGRAM, _executorch_convert.LEFT_OUT) if source.quantized else (PROGRAM,)
+    return Exported(PROGRAM, files, inputs, outputs, versions, converted.notes, written_by)
 
 
 def census(artifact: Artifact, shapes: Mapping[str, Tuple[int, ...]]) -> Census:
