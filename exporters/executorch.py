@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Dict, Iterator, Mapping, Optional, Tuple, Union
 
+from portcall.targets.agent.contents import Contents
 from portcall.targets.agent.contract import (
     Artifact,
     Available,
@@ -73,6 +74,12 @@ def census(artifact: Artifact, shapes: Mapping[str, Tuple[int, ...]]) -> Census:
     from portcall.exporters import _executorch_program
 
     return _executorch_program.census(artifact.path)
+
+
+def contents(artifact: Artifact, shapes: Mapping[str, Tuple[int, ...]]) -> Contents:
+    from portcall.exporters import _contents_executorch
+
+    return _contents_executorch.read(artifact)
 
 
 class ExecuTorchSession(Session):
@@ -189,5 +196,6 @@ BACKEND = Backend(
     export=export,
     load=load,
     census=census,
+    contents=contents,
     example=EXAMPLE,
 )

@@ -19,7 +19,7 @@ pytest.importorskip("torchao", reason="no torchao here: pip install torchao")
 
 from benchmarks import quantized_networks, quantized_sources  # after what they need is known to be there
 
-CELLS = ["onnxruntime:int8", "tflite:int8"]
+CELLS = ["onnxruntime:int8", "tflite:int8", "executorch:int8"]
 pytestmark = pytest.mark.filterwarnings(  # torch.ao and torchao warn of their own age
     "ignore::DeprecationWarning",
     "ignore::FutureWarning",

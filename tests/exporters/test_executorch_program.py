@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from portcall.exporters import executorch
-from portcall.targets.agent.contract import Artifact, Available, Recipe, Workload
+from portcall.exporters import _qdq, executorch
+from portcall.targets.agent.contract import Artifact, Available, Range, Recipe, Workload
 from portcall.targets.agent.errors import CellFailed, UnsupportedError
 from tests.exporters.graphs import conv_add_mul, graph_of
 from tests.exporters.ranges import onnx_ranges
@@ -124,3 +124,55 @@ def test_a_damaged_file_is_named(artifacts: dict[str, Artifact], tmp_path: Path,
         executorch.load(broken, Workload()),
     ):
         pass
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # torch warns of its own types
+def test_contents_are_the_weights_of_the_source(tmp_path: Path) -> None:
+    """Plain, depthwise, grouped and transposed convolutions and a product, with pruned weights."""
+    import torch
+    from torch import nn
+
+    from portcall.source import open_source
+    from portcall.targets.agent.contract import Source
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(
+                nn.Conv2d(3, 8, (3, 5), padding=(1, 2)),
+                nn.Conv2d(8, 16, 3, padding=1, groups=8),
+                nn.Conv2d(16, 12, 3, padding=1, groups=4),
+                nn.ConvTranspose2d(12, 6, 2, stride=2),
+            )
+            self.head = nn.Linear(6, 10)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            found: torch.Tensor = self.head(torch.mean(self.layers(x), (2, 3)))
+            return found
+
+    torch.manual_seed(0)
+    net = Net().eval()
+    for parameter in net.parameters():
+        parameter.data[torch.rand_like(parameter) < 0.5] = 0.0
+    torch.export.save(torch.export.export(net, (torch.randn(1, 3, 9, 9),)), tmp_path / "net.pt2")
+    job = {"spec": str(tmp_path / "net.pt2"), "directory": str(tmp_path), "shapes": {}}
+    graph = executorch.lower(Source.from_json(open_source(job, None)), tmp_path)
+    ranges = {name: Range(-4.0, 4.0) for name in _qdq.tapped_tensors(graph.path)}
+    wanted = [np.sign(p.detach().numpy()) for name, p in net.named_parameters() if "weight" in name]
+    wanted[3] = wanted[3].transpose(1, 0, 2, 3)
+    for precision, bits in (("fp32", 32), ("int8", 8)):
+        folder = tmp_path / precision
+        folder.mkdir()
+        executorch.export(graph, Recipe(precision), ranges, folder)
+        found = executorch.contents(Artifact(folder, "model.pte", "executorch", precision), {})
+        assert found.notes == ()
+        assert (
+            found.macs == executorch.census(Artifact(folder, "model.pte", "executorch", precision), {}).macs
+        )
+        for layer, signs in zip(found.weights, wanted, strict=True):
+            is_float = layer.operator == "ConvTranspose2d"  # the mean after it leaves it in float
+            assert layer.bits == (32 if is_float else bits)
+            assert layer.zeros >= np.count_nonzero(signs == 0)
+            assert np.all(layer.signs[signs == 0] == 0)  # no zero is lost
+            assert np.all((layer.signs == signs) | (layer.signs == 0))
+            assert layer.scales == (0 if layer.bits == 32 else signs.shape[0])
