@@ -3,6 +3,7 @@
 The four kinds of MLPerf Tiny - ResNet-8 on 32x32x3, DS-CNN on 49x10, MobileNetV1-0.25 at 96x96, an autoencoder of 640
 inputs - trained here in a few minutes on data that is made here, and the digits CNN of ``examples/digits.py``. They
 have the benchmark's shapes and not its data: the accuracies compare runtimes, they are no MLPerf results.
+Long because each network brings its data and its training.
 
 - gratings (ResNet-8, 10 classes): coloured gratings whose angle is the class's, off by N(0, 5 degrees), under noise.
 - chirps (DS-CNN, 12 classes): a ridge that moves over 49 frames of 10 bands; start and slope are the class's, jittered.

@@ -271,7 +271,7 @@ def _transformer_plan(model: Any, kept: Sequence[str]) -> Tuple[List[str], List[
     from portcall.exporters._tflite_transpose import MOVING
 
     operators = _tflite.operators(model)
-    if not any(kind == "RSQRT" for _, kind in operators):  # nothing is normalized over what was computed
+    if not _is_transformer(operators):
         return [], []
     outputs = {int(i) for i in model.subgraphs[0].outputs}
     makers = {int(op.outputs[0]): (op, kind) for op, kind in operators}
@@ -306,6 +306,17 @@ def _transformer_plan(model: Any, kept: Sequence[str]) -> Tuple[List[str], List[
         )
     ]
     return floats, [name for name in dynamic if name not in left]
+
+
+def _is_transformer(operators: Sequence[Tuple[Any, str]]) -> bool:
+    """Tell whether a product computes on what was normalized over activations; an embedding of length 1 is the end."""
+    normalized = set()
+    for op, kind in operators:  # each follows what it reads
+        if kind == "RSQRT" or normalized.intersection(map(int, op.inputs)):
+            if kind in PRODUCTS:
+                return True
+            normalized.update(map(int, op.outputs))
+    return False
 
 
 def _beyond_int8(model: Any, ranges: Ranges) -> List[str]:

@@ -446,3 +446,37 @@ def test_where_no_operator_quantizes_at_run_time_those_products_stay_in_float(bl
         if kind == "FULLY_CONNECTED" and tensors[op.inputs[0]].type != tensors[op.inputs[1]].type
     ]
     assert mixed == []
+
+
+@pytest.mark.parametrize("normalized", ["at the end", "before a product"])
+def test_an_embedding_of_length_one_is_no_transformer(tmp_path: Path, normalized: str) -> None:
+    """A convolutional network whose output is scaled to length 1 stays on integers, its Relu and mean too."""
+    import litert_torch
+
+    class Embedding(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.head = torch.nn.Conv2d(3, 8, 3), torch.nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = torch.sigmoid(self.conv(x)).mean((2, 3))
+            y = y if normalized == "before a product" else self.head(y)
+            y = y * torch.rsqrt((y * y).sum(1, keepdim=True) + 1e-6)
+            found: torch.Tensor = self.head(y) if normalized == "before a product" else y
+            return found
+
+    path = tmp_path / "model.tflite"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of its own deprecated types
+        litert_torch.convert(Embedding().eval(), (torch.randn(1, 3, 8, 8),)).export(str(path))
+    inputs = [
+        {"args_0": np.random.default_rng(i).standard_normal((1, 3, 8, 8)).astype("f4")} for i in range(4)
+    ]
+    model = _tflite._read(_tflite_quantize.quantize(path, "int8", tflite_ranges(path, inputs))[0])
+    [kind] = [
+        int(model.subgraphs[0].tensors[op.outputs[0]].type)
+        for op, kind in _tflite.operators(model)
+        if kind == "LOGISTIC"
+    ]
+    wanted = schema.TensorType.INT8 if normalized == "at the end" else schema.TensorType.FLOAT32
+    assert kind == wanted
