@@ -6,6 +6,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import sys
+import warnings
 from typing import List, Sequence, Union
 
 from portcall.targets.agent.contract import Available, Unavailable
@@ -25,8 +26,10 @@ def probe_modules(
     if missing:
         return Unavailable(f"not installed: {', '.join(missing)}", fix)
     try:
-        for name in imported:
-            importlib.import_module(name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a vendor's deprecation is no broken install, not even under -W error
+            for name in imported:
+                importlib.import_module(name)
     except Exception as error:  # a broken install raises anything, from ImportError to its own kinds
         return Unavailable(
             f"cannot import {name}: {type(error).__name__}: {error}", f"{fix} --force-reinstall"
