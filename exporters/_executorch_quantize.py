@@ -2,7 +2,8 @@
 
 The partitioner takes ``dq -> operator -> [relu or hardtanh] -> q`` as one integer operator. The pairs are placed here
 and not by torchao's XNNPACKQuantizer, which annotates a graph for observers and has no place for ranges that are known
-already. First all is decided (``static``, ``dynamic``), then ``insert`` changes the graph.
+already. First all is decided (``static``, ``dynamic``), then ``insert`` changes the graph. Long because one class
+holds the decisions, which depend on each other.
 """
 
 from __future__ import annotations
