@@ -40,7 +40,9 @@ from portcall.workspace import lower, open_source, open_workspace
 
 Sample = dict[str, Any]
 
-BACKENDS = ("onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "coreml", "tflite", "tflite_micro")
+BACKENDS = (
+    "onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "coreml", "tflite", "tflite_micro", "executorch", "qnn",
+)  # fmt: skip
 PRUNINGS = ("unstructured_50", "unstructured_90", "two_of_four")
 IMAGES = 16
 """That calibrate: zeros of weights do not depend on them."""
