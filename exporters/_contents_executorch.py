@@ -42,7 +42,7 @@ def read(artifact: Artifact) -> Contents:
     weights: List[Weight] = []
     unread = 0
     for number, operator in enumerate(operators):
-        stored = _stored(program, operator, number) if operator.kind in LAYOUTS else None
+        stored = _stored(program, operator) if operator.kind in LAYOUTS else None
         if stored is not None:
             weights.append(_described(operator, number, stored))
         elif operator.kind in PRODUCTS and operator.kind != "BatchMatrixMultiply":
@@ -73,7 +73,7 @@ def read(artifact: Artifact) -> Contents:
     )
 
 
-def _stored(program: Program, operator: Operator, number: int) -> Any:
+def _stored(program: Program, operator: Operator) -> Any:
     """Return the constant weight of an operator, or None."""
     import numpy as np
 
@@ -84,11 +84,10 @@ def _stored(program: Program, operator: Operator, number: int) -> Any:
     array = np.frombuffer(program.data[str(value.data)], kind)[: math.prod(value.dims)].reshape(value.dims)
     if name != "int8":
         return Stored(str(value.data), tuple(value.dims), name, 8 * array.itemsize, array)
-    scales: Any = value.scale if value.scale is not None else value.scales
-    if value.scales_data in program.data:
-        raw = np.frombuffer(program.data[str(value.scales_data)], np.float32)
-        scales = raw[: value.dims[LAYOUTS[operator.kind][1]]]
     axis = LAYOUTS[operator.kind][1]
+    scales: Any = value.scale if value.scale is not None else value.scales
+    if value.scales_data in program.data:  # the buffer may be longer
+        scales = np.frombuffer(program.data[str(value.scales_data)], np.float32)[: value.dims[axis]]
     return integers(str(value.data), array, np.asarray(scales, np.float32), None, axis, 0, name, 8)
 
 

@@ -29,6 +29,7 @@ def found(path: Path, entries: Sequence[Entry]) -> Dict[Key, List[Quantization]]
 
     program = _executorch_program.read(path)
     values = [v for ops in program.delegates for op in ops for v in (*op.inputs, *op.outputs)]
+    # Decompiled values have six decimals; the exact bits of a scale are looked for in the payload below.
     single = {(round(v.scale, 6), v.zero_point) for v in values if v.scale is not None}
     several = {np.asarray(v.scales, np.float32).tobytes() for v in values if v.scales}
     several |= {bytes(program.data.get(v.scales_data, b"")) for v in values if v.scales_data is not None}

@@ -1,4 +1,7 @@
-"""auto: what is held back, when a tensor leaves the common method, and that it measures the exports' arithmetic."""
+"""auto: what is held back, when a tensor leaves the common method, and that it measures the exports' arithmetic.
+
+Long because each kind of arithmetic has its network here.
+"""
 
 from __future__ import annotations
 
