@@ -7,6 +7,7 @@ from typing import Any
 
 Row = Sequence[str]
 ABSENT = "-"
+INTERPRETED = "parity by an interpreter or emulation, not on its device"
 
 
 def align(header: Row, rows: Sequence[Row], left: int = 2) -> str:
@@ -170,12 +171,14 @@ def _accuracy(found: Mapping[str, Any]) -> str:
 def _note(result: Mapping[str, Any]) -> str:
     if result["reason"]:
         return f"{result['reason']}; fix: {result['fix']}" if result["fix"] else str(result["reason"])
+    told = [INTERPRETED] if (result.get("parity") or {}).get("interpreted") else []
     # Why an interval of another percentile is absent is told in the JSON; the table shows that of P50 only.
-    return "; ".join(
+    told += [
         w
         for w in result.get("warnings") or result.get("notes") or []
         if not w.startswith("no interval for p9")
-    )
+    ]
+    return "; ".join(told)
 
 
 def _milliseconds(nanoseconds: float | None) -> str:

@@ -184,6 +184,7 @@ def torch_reference(source: Source) -> Reference:
         module, _, _, _ = _load_factory(source.spec)
         flatten = torch.utils._pytree.tree_leaves
         program = load_program(source.path)
+        _check_same_weights(source.spec, module, program)
     else:
         program = load_program(source.path)
         module, flatten = program.module(), torch.utils._pytree.tree_leaves
@@ -196,3 +197,24 @@ def torch_reference(source: Source) -> Reference:
         return {t.name: r.numpy() for t, r in zip(source.outputs, results, strict=True)}
 
     return run
+
+
+def _check_same_weights(spec: str, module: torch.nn.Module, program: Any) -> None:
+    """Raise BadInput for a factory whose weights differ from those that were exported, from another call of it.
+
+    Folded parametrizations have other names in the program; what they share (biases, other layers) is compared.
+    """
+    import torch
+
+    stored = program.state_dict
+    for name, tensor in module.state_dict().items():
+        other = stored.get(name)
+        if not isinstance(tensor, torch.Tensor) or other is None or other.shape != tensor.shape:
+            continue
+        if tensor.is_floating_point():  # a NaN equals no other
+            tensor, other = tensor.nan_to_num(), other.nan_to_num()
+        if not torch.equal(tensor, other):
+            raise BadInput(
+                f"{spec}() returns other weights each time it is called; the first that differ: {name}",
+                "Load saved weights in it, or call torch.manual_seed first",
+            )

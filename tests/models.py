@@ -96,6 +96,10 @@ def training_mode() -> tuple[Any, ...]:
     return TinyCnn().train(), (torch.randn(2, 3, 16, 16),)
 
 
+def new_weights() -> tuple[Any, ...]:
+    return TinyCnn().eval(), (torch.randn(2, 3, 16, 16),)
+
+
 def raises() -> tuple[Any, ...]:
     raise ValueError("the user's own mistake")
 

@@ -244,6 +244,9 @@ factory gives nonsense | export tests.models:returns_nonsense TO
 factory in training mode | export tests.models:training_mode TO
     2 | in training mode
     fix | Return model.eval()
+factory that draws weights anew | export tests.models:new_weights TO
+    2 | new_weights() returns other weights each time
+    fix | torch.manual_seed
 backend unknown | export {lab}/tiny.onnx --to onnxruntme:fp32 -o {out}
     2 | no backend 'onnxruntme'; openvino; tflite
     fix | Did you mean 'onnxruntime'
