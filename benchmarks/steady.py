@@ -5,7 +5,7 @@ replayed series: each inference advances a clock by the next latency of a series
 have decided then. Two kinds of series, all of real latencies (``benchmarks.steady_recordings``):
 
 * spliced, at least 300 from one seed: contiguous stretches of a flat recording, one after the other, 10 s in all, with a
-  known transition laid over their beginning as a factor: none; a slow first inference or ten; a step (a late delegate);
+  known transition laid over their beginning as a factor: none; a slow first inference or ten; a step within 1.1 s (a late delegate; one after the 1.25 s that a process lasts at least can be seen by nobody);
   a ramp (clock frequency); an exponential decay (caches); and for the whole length: a periodic disturbance, and a drift
   that never ends (which is never steady).
 * recorded, the 20 of ``steady_labels.json``, as they are.
@@ -44,6 +44,7 @@ LENGTH_S = 10.0
 SHARE = 0.1
 OFF = 0.05
 LATE_S = 1.0
+FLAT = 0.02
 FASTEST_NS = 40_000  # below, replaying takes longer than the thing itself
 Array = np.ndarray[Any, Any]
 
@@ -94,7 +95,7 @@ def _never(seconds: Array, rng: np.random.Generator) -> Array:
 
 
 def _step(seconds: Array, rng: np.random.Generator) -> Array:
-    size, end = rng.uniform(0.08, 1.5), rng.uniform(0.02, 1.8)
+    size, end = rng.uniform(0.08, 1.5), rng.uniform(0.02, 1.1)
     return np.where(seconds < end, 1 + size, 1.0)
 
 
@@ -110,7 +111,8 @@ def _decay(seconds: Array, rng: np.random.Generator) -> Array:
 
 def _first(seconds: Array, rng: np.random.Generator) -> Array:
     factor = np.ones_like(seconds)
-    factor[: rng.choice([1, 10])] = rng.uniform(2, 50)
+    first = max(1, min(int(rng.choice([1, 10])), int(np.searchsorted(seconds, 0.1))))
+    factor[:first] = rng.uniform(2, min(50, max(4, 1 / max(seconds[1], 1e-6))))  # 1 s at most for one
     return factor
 
 
@@ -135,7 +137,10 @@ KINDS: Mapping[str, Callable[[Array, np.random.Generator], Array]] = {
 
 
 def flat_recordings() -> dict[str, Array]:
-    """Return the stretches of recordings, beside the labelled ones, that hold one level for 1.5 s or more."""
+    """Return the stretches of recordings, beside the labelled ones, that hold one level for 1.5 s or more.
+
+    The median of each sixth of a stretch is within 2 % of that of the whole: what is spliced from it is flat.
+    """
     found = {}
     for name, series in load_packed().items():
         if name in LABELLED or np.median(series) < FASTEST_NS:
@@ -145,7 +150,8 @@ def flat_recordings() -> dict[str, Array]:
         longest = max(range(len(cuts) - 1), key=lambda i: cuts[i + 1] - cuts[i])
         low, high = cuts[longest] + 0.1, cuts[longest + 1]  # without what leads in from the level before
         part = series[np.searchsorted(ends, low) + 1 : np.searchsorted(ends, high)]
-        if part.sum() > 1.5e9:
+        sixths = [float(np.median(p)) for p in np.array_split(part, 6)] if part.size >= 12 else [1.0, 2.0]
+        if part.sum() > 1.5e9 and max(abs(s / np.median(part) - 1) for s in sixths) < FLAT:
             found[name] = part
     return found
 

@@ -22,7 +22,7 @@ _SPARE = 65_536
 
 _NEVER = 1 << 63
 
-_GROWTH = 1.5
+_GROWTH = 1.0
 """Each piece of the warm-up lasts that many times the one before."""
 
 _SLIDES = 4

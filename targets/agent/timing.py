@@ -13,6 +13,7 @@ from portcall.targets.agent import memory
 from portcall.targets.agent.contract import Session, TensorSpec, Workload
 from portcall.targets.agent.errors import UnavailableError
 from portcall.targets.agent.measure import Samples, run_loop
+from portcall.targets.agent.steady import judge
 
 OVERHEAD_COUNT = 2000
 
@@ -56,6 +57,7 @@ def timed(session: Session, workload: Workload, deadline_ns: Optional[int]) -> T
         except UnavailableError:
             pass
 
+    judge(np.arange(10_000))  # what its first call allocates is not the model's
     samples = run_loop(
         session.infer,
         workload.warmup_s,
