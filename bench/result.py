@@ -72,13 +72,19 @@ def result_of(subject: Subject, target: str, workload: Workload) -> dict[str, An
     result["environment"] = answers[-1]["environment"]
     result["steady"] = _steady(answers)
     result["deterministic"] = _deterministic(answers)
-    result["overhead"] = {k: float(np.median([a["overhead"][k] for a in answers])) for k in answers[0]["overhead"]}
+    result["overhead"] = {
+        k: float(np.median([a["overhead"][k] for a in answers])) for k in answers[0]["overhead"]
+    }
     growths = [a["rss_growth_bytes"] for a in answers if a["rss_growth_bytes"] is not None]
     result["rss_growth_bytes"] = max(growths, default=None)
     result["per_process"] = [
         _process(a, wall, cpu) for a, wall, cpu in zip(answers, subject.wall, subject.cpu, strict=True)
     ]
-    told = [*_process_warnings(answers), *_steady_warnings(result["steady"], answers), *_growth_warnings(growths)]
+    told = [
+        *_process_warnings(answers),
+        *_steady_warnings(result["steady"], answers),
+        *_growth_warnings(growths),
+    ]
     result["warnings"] = [*subject.warnings, *told, *warnings]
     return result
 
@@ -140,7 +146,7 @@ def _process_warnings(answers: Sequence[Mapping[str, Any]]) -> list[str]:
     outputs = [a["outputs"] for a in answers]
     if all(o["deterministic"] for o in outputs) and len({o["sha256"] for o in outputs}) > 1:
         warnings.append(
-            "outputs differ between processes on the same inputs: a kernel is chosen per process, or memory is not set; "
+            "outputs differ between processes on the same inputs: a kernel is chosen per process, or memory is unset; "
             "compare with portcall verify"
         )
     return warnings

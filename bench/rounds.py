@@ -141,5 +141,6 @@ def _tell_width(subject: Subject, workload: Workload) -> None:
     needed = processes_for_width(subject.medians_ns(), workload.ci_width)
     subject.warnings.append(
         f"{asked} not reached in {subject.spent_s:.0f} s: the interval of P50 is {100 * width:.2g} % wide after "
-        f"{len(subject.wall)} processes; about {needed} would do (--max-time {needed and needed * subject.typical_s:.0f})"
+        f"{len(subject.wall)} processes; about {needed} would do "
+        f"(--max-time {(needed or 0) * subject.typical_s:.0f})"
     )

@@ -4,10 +4,11 @@ The measuring loop itself (``portcall.targets.agent.measure.run_loop``: 0.25 to 
 replayed series: each inference advances a clock by the next latency of a series, so that the loop decides as it would
 have decided then. Two kinds of series, all of real latencies (``benchmarks.steady_recordings``):
 
-* spliced, at least 300 from one seed: contiguous stretches of a flat recording, one after the other, 10 s in all, with a
-  known transition laid over their beginning as a factor: none; a slow first inference or ten; a step within 1.1 s (a late delegate; one after the 1.25 s that a process lasts at least can be seen by nobody);
-  a ramp (clock frequency); an exponential decay (caches); and for the whole length: a periodic disturbance, and a drift
-  that never ends (which is never steady).
+* spliced, at least 300 from one seed: contiguous stretches of a flat recording, one after the other, 10 s in all, with
+  a known transition laid over their beginning as a factor: none; a slow first inference or ten; a step within 1.1 s (a
+  late delegate; one after the 1.25 s that a process lasts at least can be seen by nobody); a ramp (clock frequency); an
+  exponential decay (caches); and for the whole length: a periodic disturbance, and a drift that never ends (which is
+  never steady).
 * recorded, the 20 of ``steady_labels.json``, as they are.
 
 A series is judged wrong where
@@ -30,6 +31,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -38,6 +40,7 @@ from benchmarks.steady_labels import LABELLED, LABELS, SAME, levels
 from benchmarks.steady_recordings import load_packed
 from portcall.bench.report import align
 from portcall.targets.agent import measure
+from portcall.targets.agent.steady import FEWEST
 
 WARMUP_S, MAX_WARMUP_S, MIN_TIME_S = 0.25, 3.0, 1.0
 LENGTH_S = 10.0
@@ -45,6 +48,7 @@ SHARE = 0.1
 OFF = 0.05
 LATE_S = 1.0
 FLAT = 0.02
+CLOCKS = ("perf_counter_ns", "process_time_ns")
 FASTEST_NS = 40_000  # below, replaying takes longer than the thing itself
 Array = np.ndarray[Any, Any]
 
@@ -68,12 +72,14 @@ def replay(series: Array) -> Decision:
         now += times[place]
         place += 1
 
-    real = measure.perf_counter_ns, measure.process_time_ns
-    measure.perf_counter_ns = measure.process_time_ns = lambda: now
+    real = {name: getattr(measure, name) for name in CLOCKS}
     try:
+        for name in CLOCKS:
+            setattr(measure, name, lambda: now)
         samples = measure.run_loop(infer, WARMUP_S, MIN_TIME_S, max_warmup_s=MAX_WARMUP_S)
     finally:
-        measure.perf_counter_ns, measure.process_time_ns = real
+        for name, clock in real.items():
+            setattr(measure, name, clock)
     assert samples.steady is not None
     return Decision(samples.warmup, samples.warmup + samples.wall_ns.size, samples.steady.reached)
 
@@ -91,7 +97,7 @@ class Case:
 
 def _never(seconds: Array, rng: np.random.Generator) -> Array:
     rate = rng.uniform(0.08, 0.25) * rng.choice([-1, 1])
-    return np.exp(np.clip(rate * seconds, -1.5, 1.5))
+    return np.asarray(np.exp(np.clip(rate * seconds, -1.5, 1.5)))
 
 
 def _step(seconds: Array, rng: np.random.Generator) -> Array:
@@ -204,17 +210,17 @@ def verdict(case: Case, decision: Decision) -> str | None:
             return "early"
         return None
     begin = float(ends[decision.first - 1]) if decision.first else 0.0
-    least = max(WARMUP_S, 2 * measure.FEWEST * float(np.median(case.series)) / 1e9)
+    least = max(WARMUP_S, 2 * FEWEST * float(np.median(case.series)) / 1e9)
     return "late" if begin - max(case.true_s, least) > LATE_S else None
 
 
 def recorded_verdict(series: Array, label: Sequence[Sequence[float]], decision: Decision) -> str | None:
-    """The same for a labelled recording: "early" where its timed samples mix levels, "missed" where one was long enough."""
+    """The same for a labelled recording: "early" where its timed samples mix levels, "missed" where one lasted."""
     ends = np.cumsum(series) / 1e9
     edges = [start for start, _ in label] + [float(ends[-1])]
     if not decision.reached:
         looked = MAX_WARMUP_S + MIN_TIME_S
-        lasts = [min(b, looked) - a for a, b in zip(edges, edges[1:], strict=False)]
+        lasts = [min(b, looked) - a for a, b in pairwise(edges)]
         return "missed" if max(lasts) >= MIN_TIME_S + 0.75 else None
     level = np.searchsorted(edges, ends[decision.first : decision.last], side="right") - 1
     shares = Counter(int(i) for i in level)
@@ -235,7 +241,8 @@ def run(seeds: Sequence[int], count: int, labelled: bool) -> dict[str, Any]:
                 ends = np.cumsum(case.series) / 1e9
                 begin, end = ends[decision.first - 1], ends[decision.last - 1]
                 wrong.append(
-                    f"seed {seed} number {number}: {case.kind} on {case.source}: {found}; true from {case.true_s} s, timed "
+                    f"seed {seed} number {number}: {case.kind} on {case.source}: {found}; "
+                    f"true from {case.true_s} s, timed "
                     f"{begin:.2f} to {end:.2f} s (n={decision.last - decision.first}), reached {decision.reached}"
                 )
     recorded: Counter[str] = Counter()
@@ -246,7 +253,9 @@ def run(seeds: Sequence[int], count: int, labelled: bool) -> dict[str, Any]:
             found = recorded_verdict(recordings[name], label, decision)
             recorded[found or "right"] += 1
             if found is not None:
-                wrong.append(f"{name}: {found}; samples {decision.first} to {decision.last}, reached {decision.reached}, {label}")
+                wrong.append(
+                    f"{name}: {found}; samples {decision.first} to {decision.last}, reached {decision.reached}, {label}"
+                )
     return {
         "seeds": list(seeds),
         "spliced": {k: dict(v) for k, v in rows.items()},
@@ -261,8 +270,12 @@ def _long_enough(series: Array) -> Array:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[3], help="default 3: one that nothing was set on")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[3], help="default 3: one that nothing was set on"
+    )
     parser.add_argument("--count", type=int, default=300, help="spliced series per seed (default 300)")
     parser.add_argument("--no-recorded", action="store_true", help="spliced series only (to set constants)")
     parser.add_argument("--json", action="store_true")
@@ -273,7 +286,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print()
         return
     words = ["right", "early", "late", "missed", "never"]
-    counts: list[tuple[str, Mapping[str, int]]] = [*answer["spliced"].items(), ("recorded", answer["recorded"])]
+    counts: list[tuple[str, Mapping[str, int]]] = [
+        *answer["spliced"].items(),
+        ("recorded", answer["recorded"]),
+    ]
     print(align(["series", *words], [[k, *(str(c.get(w, 0)) for w in words)] for k, c in counts], left=1))
     for line in answer["wrong"]:
         print(line)
@@ -281,6 +297,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         n, right = sum(sum(g.values()) for g in groups), sum(g.get("right", 0) for g in groups)
         if n:
             print(f"{name}: {n - right} of {n} wrong ({(n - right) / n:.1%})")
+    if options.no_recorded:
+        return
+    n = sum(sum(c.values()) for _, c in counts)
+    right = sum(c.get("right", 0) for _, c in counts)
+    print(f"all: {n - right} of {n} wrong ({(n - right) / n:.1%})")
 
 
 if __name__ == "__main__":

@@ -4,12 +4,14 @@ The rule: medians of blocks of 50 ms (at least 3 inferences), in logarithms; the
 that the sum of absolute deviations plus a price per level is least (dynamic programming, exact). The price is 4 times
 the typical difference of neighbouring blocks, at least 0.12; a level lasts at least 3 blocks. Neighbouring levels that
 differ by less than 5 % are one. It sees all 4 seconds at once and shares nothing with the detector, which sees the past
-alone. Its output was looked at block by block and then committed as ``steady_labels.json``, before the detector was run.
+alone. Its output was looked at block by block, changed where that file says so, and committed as ``steady_labels.json``
+before the detector was run.
 """
 
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,12 @@ SAME = 0.05
 LEAST_BLOCKS = 3
 
 LABELLED = [
-    *(f"{b}-{s}-{c}-1" for b in ("onnxruntime", "openvino", "tflite") for s in ("l", "xl", "xxl") for c in ("quiet", "load")),
+    *(
+        f"{b}-{s}-{c}-1"
+        for b in ("onnxruntime", "openvino", "tflite")
+        for s in ("l", "xl", "xxl")
+        for c in ("quiet", "load")
+    ),
     "openvino-s-quiet-1",
     "openvino-m-quiet-1",
 ]
@@ -68,7 +75,7 @@ def levels(series: np.ndarray[Any, Any]) -> list[tuple[float, float]]:
         ends.append(int(cut[ends[-1]]))
     edges = ends[::-1]
     found: list[tuple[int, int]] = []
-    for i, j in zip(edges, edges[1:], strict=False):
+    for i, j in pairwise(edges):
         if found and abs(np.median(logs[slice(*found[-1])]) - np.median(logs[i:j])) < SAME:
             found[-1] = (found[-1][0], j)
         else:

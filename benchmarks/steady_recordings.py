@@ -80,11 +80,7 @@ def record(folder: Path, seconds: float, repeats: int) -> None:
             chain(folder / f"{name}.onnx", *numbers)
             api.export(folder / f"{name}.onnx", [f"{b}:fp32" for b in BACKENDS], folder / name)
     wanted = [
-        (b, s, load, i)
-        for i in range(repeats)
-        for load in ("quiet", "load")
-        for s in SIZES
-        for b in BACKENDS
+        (b, s, load, i) for i in range(repeats) for load in ("quiet", "load") for s in SIZES for b in BACKENDS
     ]
     for backend, size, load, i in wanted:
         place = folder / f"{backend}-{size}-{load}-{i}.npy"
@@ -110,7 +106,7 @@ def pack(folder: Path, target: Path) -> None:
     series = {k: v for k, v in series.items() if np.median(v) > FASTEST_NS}
     coded = {k: np.round(np.log2(np.maximum(v, 1)) * STEPS).astype(np.uint16) for k, v in series.items()}
     with target.open("wb") as stream:
-        np.savez_compressed(stream, **coded)  # type: ignore[arg-type]  # names come from files
+        np.savez_compressed(stream, **coded)
 
 
 def load_packed(path: Path = PACKED) -> Mapping[str, np.ndarray[Any, Any]]:
@@ -126,7 +122,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--record", type=Path, metavar="FOLDER", help="record the series missing there")
     parser.add_argument("--seconds", type=float, default=5.0, help="of each series (default 5)")
     parser.add_argument("--repeats", type=int, default=2, help="processes per case (default 2)")
-    parser.add_argument("--pack", type=Path, metavar="FILE", help=f"with --record: write them to FILE ({PACKED.name})")
+    parser.add_argument(
+        "--pack", type=Path, metavar="FILE", help=f"with --record: write them to FILE ({PACKED.name})"
+    )
     parser.add_argument("--one", nargs=2, metavar=("ARTIFACT", "FILE"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.one is not None:

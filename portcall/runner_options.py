@@ -14,7 +14,11 @@ MOST_CPUS = 4096
 def add_runner_options(parser: argparse.ArgumentParser) -> None:
     """Add them to the parser of ``bench``; ``runner_fields`` reads them back."""
     parser.add_argument(
-        "--min-count", type=_number, default=5, metavar="N", help="timed inferences per process at least (default 5)"
+        "--min-count",
+        type=_number,
+        default=5,
+        metavar="N",
+        help="timed inferences per process at least (default 5)",
     )
     parser.add_argument(
         "--max-warmup",
@@ -30,9 +34,14 @@ def add_runner_options(parser: argparse.ArgumentParser) -> None:
         help="add processes until the 95 %% interval of P50 (upper minus lower end) is that narrow, or --max-time ends "
         "(default then 600 s)",
     )
-    parser.add_argument("--affinity", type=_cpus, metavar="0-3", help="CPUs to run on: 0, 0,1 or 0-3 (default: any)")
     parser.add_argument(
-        "--priority", type=_priority, metavar="nice:N|fifo:N", help="nice value or real-time priority (default: as is)"
+        "--affinity", type=_cpus, metavar="0-3", help="CPUs to run on: 0, 0,1 or 0-3 (default: any)"
+    )
+    parser.add_argument(
+        "--priority",
+        type=_priority,
+        metavar="nice:N|fifo:N",
+        help="nice value or real-time priority (default: as is)",
     )
     parser.add_argument(
         "--spinning",

@@ -22,9 +22,6 @@ _SPARE = 65_536
 
 _NEVER = 1 << 63
 
-_GROWTH = 1.0
-"""Each piece of the warm-up lasts that many times the one before."""
-
 _SLIDES = 4
 """A timed series that is not stationary loses its first quarter and goes on for as long."""
 
@@ -97,6 +94,8 @@ def run_loop(
             infer()  # what on_warm() did to the caches is not for a sample
         first, count, elapsed_ns = 0, 0, 0
         least = min(max(min_count, _FEWEST), capacity)
+        # Judging takes time too, which no sample tells.
+        give_up = 0 if max_warmup_s is None else min(deadline, perf_counter_ns() + min_time_ns + spare_ns)
         while True:
             left_ns = max(0, min_time_ns - int(wall_ns[first:count].sum()))
             count, took_ns = _timed(infer, count, left_ns, first + least, deadline, wall_ns, cpu_ns)
@@ -108,7 +107,7 @@ def run_loop(
             slide_ns = int(wall_ns[first : first + slide].sum())
             if found.stationary is not False or slide_ns > spare_ns or count == capacity:
                 break
-            if perf_counter_ns() + slide_ns >= deadline:
+            if perf_counter_ns() + slide_ns >= give_up:
                 break
             first, spare_ns = first + slide, spare_ns - slide_ns
         if on_end is not None:
@@ -176,7 +175,7 @@ class _Warmup:
 def _warm_up(
     infer: Callable[[], None], least_ns: int, budget_ns: int, deadline: int, until_steady: bool
 ) -> _Warmup:
-    """Warm up for *least_ns*; with *until_steady*, further until the last piece is stationary or *budget_ns* is over."""
+    """Warm up for *least_ns*; with *until_steady*, until a piece is stationary or *budget_ns* is over."""
     times_ns = _touched(_SPARE)
     count, fastest, took = 0, _NEVER, 0
     piece_ns = least_ns
@@ -193,13 +192,13 @@ def _warm_up(
             return _Warmup(count, max(fastest, 1), took)
         if took + fastest > budget_ns:
             return _Warmup(count, max(fastest, 1), took)
-        piece_ns = min(int(_GROWTH * max(piece_ns, piece_took)), budget_ns - took)
+        piece_ns = min(max(piece_ns, piece_took), budget_ns - took)
 
 
 def _piece(
     infer: Callable[[], None], time_ns: int, budget_ns: int, fewest: int, deadline: int, times_ns: np.ndarray
 ) -> Tuple[int, int]:
-    """Fill *times_ns* for *time_ns* and at least *fewest* inferences within *budget_ns*; return how many and what it took."""
+    """Fill *times_ns* for *time_ns*, and up to *fewest* inferences within *budget_ns*; return count and elapsed ns."""
     clock, times = perf_counter_ns, times_ns.data
     start = now = clock()
     stop, end = min(start + time_ns, deadline), min(start + budget_ns, deadline)

@@ -34,9 +34,13 @@ def check(workload: Workload) -> None:
     for name, meaning in (("max_time_s", "a budget"), ("ci_width", "an interval's width")):
         value = getattr(workload, name)
         if value is not None and not (math.isfinite(value) and value > 0):
-            raise BadInput(f"{name} is {value!r}: {meaning} above 0 is needed", f"Leave {name} out, or raise it")
+            raise BadInput(
+                f"{name} is {value!r}: {meaning} above 0 is needed", f"Leave {name} out, or raise it"
+            )
     if workload.affinity is not None and (not workload.affinity or min(workload.affinity) < 0):
-        raise BadInput(f"affinity {list(workload.affinity)} names no CPU", "Give numbers from 0 up, such as 0 or 0-3")
+        raise BadInput(
+            f"affinity {list(workload.affinity)} names no CPU", "Give numbers from 0 up, such as 0 or 0-3"
+        )
     if workload.priority is not None:
         parse_priority(workload.priority)
 
@@ -45,11 +49,15 @@ def parse_priority(text: str) -> Tuple[str, int]:
     """Return ("nice", -20..19) or ("fifo", 1..99) of a text such as "nice:-5". Raises BadInput for any other."""
     found = _PRIORITY.fullmatch(text)
     if found is not None:
-        kind, number = (found.group(1), int(found.group(2))) if found.group(1) else ("fifo", int(found.group(4)))
+        kind, number = (
+            (found.group(1), int(found.group(2))) if found.group(1) else ("fifo", int(found.group(4)))
+        )
         low, high = (-20, 19) if kind == "nice" else (1, 99)
         if low <= number <= high:
             return kind, number
-    raise BadInput(f"{text!r} is no priority", "Give nice:N with N from -20 to 19, or fifo:N with N from 1 to 99")
+    raise BadInput(
+        f"{text!r} is no priority", "Give nice:N with N from -20 to 19, or fifo:N with N from 1 to 99"
+    )
 
 
 def apply(workload: Workload) -> Tuple[Dict[str, Any], List[str]]:
@@ -77,7 +85,10 @@ def spinning_warning(workload: Workload, environment: Mapping[str, Any], backend
     if workload.spinning is None or environment.get("spinning") == workload.spinning:
         return None
     word = "on" if workload.spinning else "off"
-    return "--spinning %s: %s has no such switch, its threads wait as it likes; leave --spinning out" % (word, backend)
+    return "--spinning %s: %s has no such switch, its threads wait as it likes; leave --spinning out" % (
+        word,
+        backend,
+    )
 
 
 def ranges(numbers: Sequence[int]) -> str:
@@ -125,14 +136,24 @@ def _set_priority(text: str) -> List[str]:
         try:
             os.setpriority(os.PRIO_PROCESS, 0, number)
         except OSError as error:
-            return [_refused(text, error, "only root, or a process with CAP_SYS_NICE, may go below its own nice value")]
+            return [
+                _refused(
+                    text, error, "only root, or a process with CAP_SYS_NICE, may go below its own nice value"
+                )
+            ]
         return []
     if not hasattr(os, "sched_setscheduler"):
-        return ["--priority %s: this system has no real-time scheduling; measured without, try nice:-10" % text]
+        return [
+            "--priority %s: this system has no real-time scheduling; measured without, try nice:-10" % text
+        ]
     try:
         os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(number))
     except OSError as error:
-        return [_refused(text, error, "real-time scheduling needs root, CAP_SYS_NICE or an rtprio limit (ulimit -r)")]
+        return [
+            _refused(
+                text, error, "real-time scheduling needs root, CAP_SYS_NICE or an rtprio limit (ulimit -r)"
+            )
+        ]
     throttled = _throttled_ms()
     if throttled is None:
         return []

@@ -13,7 +13,8 @@ So a step, a ramp, a decay and a drift all show as a level that changed; noise, 
 neither does what repeats several times within the series. What is slower than the series itself cannot be seen in it.
 
 Source of the parts: von Neumann, "Distribution of the ratio of the mean square successive difference to the variance"
-(1941); Mann (1945) on Kendall's statistic as a test against a trend; the scan over all change points as in Pettitt (1979). ``benchmarks.steady`` measures how often the whole is wrong.
+(1941); Mann (1945) on Kendall's statistic as a test against a trend; the scan over all change points as in Pettitt
+(1979). ``benchmarks.steady`` measures how often the whole is wrong.
 """
 
 from __future__ import annotations
@@ -62,7 +63,9 @@ class Judgement:
 def judge(wall_ns: np.ndarray) -> Judgement:
     """Judge a series of latencies in order, in ns. Takes about a millisecond per 100,000 of them."""
     if wall_ns.size < FEWEST:
-        return Judgement(None, None, None, "n=%d: too few inferences to tell (needs %d)" % (wall_ns.size, FEWEST))
+        return Judgement(
+            None, None, None, "n=%d: too few inferences to tell (needs %d)" % (wall_ns.size, FEWEST)
+        )
     count = min(SEGMENTS, wall_ns.size)
     levels = np.log([max(float(np.median(part)), 1.0) for part in np.array_split(wall_ns, count)])
     sigma = float(np.quantile(np.abs(np.diff(levels)), DIFFERENCE)) / _NORMAL
@@ -94,8 +97,8 @@ def _kendall(levels: np.ndarray) -> float:
 class Steady:
     """How a process got to its timed series: whether that is stationary, and what came before.
 
-    reached: False also where the series is too short to tell (see *reason*). change: as in ``Judgement``. warmup_ns: wall
-    time from the first warm-up inference to the first timed one.
+    reached: False also where the series is too short to tell (see *reason*). change: as in ``Judgement``. warmup_ns:
+    wall time from the first warm-up inference to the first timed one.
     """
 
     reached: bool

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import time
 from datetime import datetime, timezone
@@ -48,21 +49,23 @@ def timed(session: Session, workload: Workload, deadline_ns: Optional[int]) -> T
     """Run the loop of *workload*; return its samples and by how many bytes the resident size grew across it.
 
     The growth is None where the system does not tell the resident size. The array of samples is in memory before.
+    Warming up takes a third of the time to *deadline_ns* at most: something has to be timed.
     """
+    budget_s = workload.max_warmup_s
+    if deadline_ns is not None:
+        budget_s = min(budget_s, max(0.0, (deadline_ns - time.perf_counter_ns()) / 3e9))
     sizes: List[int] = []
 
     def read_size() -> None:
-        try:
+        with contextlib.suppress(UnavailableError):
             sizes.append(memory.current_rss_bytes())
-        except UnavailableError:
-            pass
 
     judge(np.arange(10_000))  # what its first call allocates is not the model's
     samples = run_loop(
         session.infer,
         workload.warmup_s,
         workload.min_time_s,
-        max_warmup_s=workload.max_warmup_s,
+        max_warmup_s=budget_s,
         min_count=workload.min_count,
         deadline_ns=deadline_ns,
         on_warm=read_size,

@@ -93,7 +93,10 @@ def test_a_priority_without_permission_goes_on_and_says_so() -> None:
         before = ""
     else:
         before = "import resource; resource.setrlimit(resource.RLIMIT_RTPRIO, (0, 0))\n"
-        before += "resource.setrlimit(resource.RLIMIT_NICE, (0, 0)); import portcall.targets.agent.settings\n" + DROP
+        before += (
+            "resource.setrlimit(resource.RLIMIT_NICE, (0, 0)); import portcall.targets.agent.settings\n"
+            + DROP
+        )
     found = applied(Workload(priority="nice:-20"), before)
     [warning] = found["warnings"]
     assert warning.startswith("--priority nice:-20 was refused (") and "CAP_SYS_NICE" in warning
@@ -121,7 +124,9 @@ def test_a_system_without_affinity_goes_on_and_says_so(monkeypatch: pytest.Monke
     assert "this system has no real-time scheduling" in warnings[1]
 
 
-@pytest.mark.parametrize("text", ["", "nice", "nice:20", "nice:-21", "fifo:0", "fifo:100", "fifo:-1", "rr:1", "nice:1.5"])
+@pytest.mark.parametrize(
+    "text", ["", "nice", "nice:20", "nice:-21", "fifo:0", "fifo:100", "fifo:-1", "rr:1", "nice:1.5"]
+)
 def test_what_is_no_priority(text: str) -> None:
     with pytest.raises(BadInput, match="is no priority"):
         settings.parse_priority(text)
@@ -156,7 +161,9 @@ def test_a_workload_that_cannot_be(change: dict[str, Any], part: str) -> None:
 
 
 def test_a_workload_survives_json() -> None:
-    workload = Workload(affinity=(0, 3), priority="nice:5", spinning=False, min_count=7, ci_width=0.02, shapes={"x": (1, 2)})
+    workload = Workload(
+        affinity=(0, 3), priority="nice:5", spinning=False, min_count=7, ci_width=0.02, shapes={"x": (1, 2)}
+    )
     assert Workload.from_json(json.loads(json.dumps(workload.to_json()))) == workload
     assert Workload.from_json({"batch": 2}) == Workload(batch=2), "what an older file lacks has its default"
 
