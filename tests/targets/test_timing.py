@@ -1,9 +1,14 @@
 from __future__ import annotations
 
-import numpy as np
+import time
+from pathlib import Path
 
+import numpy as np
+import pytest
+
+from portcall.exporters import onnxruntime
 from portcall.targets.agent import timing
-from portcall.targets.agent.contract import Workload
+from portcall.targets.agent.contract import Artifact, Workload
 
 
 def test_overhead_of_an_empty_session() -> None:
@@ -52,3 +57,39 @@ def test_a_sign_of_zero_and_a_shape_count_as_differences() -> None:
     found = timing.compare_outputs({"y": np.zeros(2)}, {"y": np.zeros(3)})
     assert (found["deterministic"], found["largest_difference"], found["output"]) == (False, None, "y")
     assert not timing.compare_outputs({"y": np.zeros(2)}, {})["deterministic"]
+
+
+@pytest.mark.parametrize(("spinning", "expected"), [(None, True), (True, True), (False, False)])
+def test_a_real_session_logs_nothing_and_does_not_grow(
+    tiny_onnx: Path, capfd: pytest.CaptureFixture[str], spinning: bool | None, expected: bool
+) -> None:
+    """Two threads: spinning is the runtime's default there, and a switch."""
+    pytest.importorskip(
+        "onnxruntime", reason="ONNX Runtime is not installed: pip install 'portcall[onnxruntime]'"
+    )
+    workload = Workload(threads=2, min_time_s=0.2, warmup_s=0.05, max_warmup_s=0.1, spinning=spinning)
+    artifact = Artifact(tiny_onnx.parent, tiny_onnx.name, "onnxruntime", "as is")
+    with onnxruntime.load(artifact, workload) as session:
+        assert session.environment["spinning"] is expected
+        session.set_inputs({"x": np.ones((1, 3, 16, 16), np.float32)})
+        capfd.readouterr()
+        samples, growth = timing.timed(session, workload, None)
+        assert capfd.readouterr() == ("", "")
+    assert samples.wall_ns.size >= 5
+    assert growth is not None and growth < 1 << 20
+
+
+def test_warming_up_leaves_time_before_a_deadline() -> None:
+    """A series that never gets steady: two thirds of the time are left for what is timed."""
+    class Slower(timing.EmptySession):
+        calls = 0
+
+        def infer(self) -> None:
+            self.calls += 1
+            time.sleep(0.0005 * (1 + self.calls / 50))
+
+    start = time.perf_counter_ns()
+    workload = Workload(warmup_s=0.05, max_warmup_s=60.0, min_time_s=60.0)
+    samples, _ = timing.timed(Slower(), workload, start + 600_000_000)
+    assert samples.steady is not None and not samples.steady.reached
+    assert samples.wall_ns.sum() > 0.3e9
