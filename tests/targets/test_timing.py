@@ -81,6 +81,7 @@ def test_a_real_session_logs_nothing_and_does_not_grow(
 
 def test_warming_up_leaves_time_before_a_deadline() -> None:
     """A series that never gets steady: two thirds of the time are left for what is timed."""
+
     class Slower(timing.EmptySession):
         calls = 0
 
