@@ -5,7 +5,7 @@ SECONDS_PER_CELL ?= 12
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .PHONY: demo test lint clean bench bench-calibration bench-formats bench-micro bench-engines bench-tflite \
-  bench-compression bench-quantized bench-ladder bench-intervals bench-executorch bench-qnn
+  bench-compression bench-quantized bench-ladder bench-intervals bench-executorch bench-qnn bench-steady bench-overhead
 
 demo: .venv/installed
 	$(BIN)/python -m examples.demo --seconds $(SECONDS_PER_CELL)
@@ -19,7 +19,7 @@ lint: .venv/installed
 	$(BIN)/mypy
 
 bench: bench-calibration bench-formats bench-tflite bench-micro bench-engines bench-compression bench-quantized bench-ladder \
-  bench-intervals bench-executorch bench-qnn
+  bench-intervals bench-executorch bench-qnn bench-steady bench-overhead
 
 # Side by side with its peers, 100 and 500 images; fewer e.g. with BENCH_CALIBRATION="--images 100 --rounds 1".
 bench-calibration: .venv/installed
@@ -53,6 +53,13 @@ bench-ladder: .venv/installed
 
 bench-intervals: .venv/installed
 	$(BIN)/python -m benchmarks.intervals $(BENCH_INTERVALS)
+
+# Wrong decisions of the steady-state detector on replayed series; cost of the measuring loop per inference.
+bench-steady: .venv/installed
+	$(BIN)/python -m benchmarks.steady $(BENCH_STEADY)
+
+bench-overhead: .venv/installed
+	$(BIN)/python -m benchmarks.overhead $(BENCH_OVERHEAD)
 
 # int8 beside LiteRT's; context binaries for two HTP architectures and their parity in the x86 emulation.
 bench-executorch: .venv/installed

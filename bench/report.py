@@ -174,7 +174,7 @@ def _note(result: Mapping[str, Any]) -> str:
     return "; ".join(
         w
         for w in result.get("warnings") or result.get("notes") or []
-        if not w.startswith("no interval for p9")
+        if not w.startswith("no interval for p9") and ": no p99.9 " not in w
     )
 
 

@@ -94,16 +94,20 @@ def census(artifact: Artifact, shapes: Mapping[str, Tuple[int, ...]]) -> Census:
 
 
 class OnnxRuntimeSession(Session):
-    """An InferenceSession with inputs and outputs bound once, so that ``infer`` copies nothing in Python."""
+    """An InferenceSession with inputs and outputs bound once, so that ``infer`` copies nothing in Python.
 
-    def __init__(self, path: Path, threads: int) -> None:
+    spinning: of threads that wait for work; None for the runtime's default (one thread has nobody to wait for).
+    """
+
+    def __init__(self, path: Path, threads: int, spinning: Optional[bool] = None) -> None:
         import onnxruntime as ort
 
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
-        spinning = threads > 1
-        options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
+        spinning = threads > 1 if spinning is None else spinning
+        for pool in ("intra_op", "inter_op"):
+            options.add_session_config_entry(f"session.{pool}.allow_spinning", "1" if spinning else "0")
         options.log_severity_level = 3
         self._session = self._open(path, options)
         self._binding: Any = None
@@ -146,7 +150,7 @@ def _spec(value: Any) -> TensorSpec:
 
 @contextmanager
 def load(artifact: Artifact, workload: Workload) -> Iterator[Session]:
-    yield OnnxRuntimeSession(artifact.path, workload.threads)
+    yield OnnxRuntimeSession(artifact.path, workload.threads, workload.spinning)
 
 
 def contents(artifact: Artifact, shapes: Mapping[str, Tuple[int, ...]]) -> Contents:

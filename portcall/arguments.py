@@ -7,6 +7,7 @@ import re
 from typing import Any, NoReturn
 
 from portcall import __version__
+from portcall.runner_options import add_runner_options
 
 MODEL_HELP = "model.onnx, model.pt2, or package.module:factory (a .pt2 or a factory runs code, in a worker)"
 METHOD_HELP = (
@@ -368,6 +369,7 @@ def _bench(commands: Any) -> None:
         metavar="S",
         help="cap per artifact over all processes, start-up included",
     )
+    add_runner_options(parser)
     parser.add_argument("-o", "--output", metavar="DIR", help="folder for bench.json and the raw samples")
     parser.add_argument(
         "--allow-unavailable", action="store_true", help="exit 0 although a backend is not installed here"

@@ -169,6 +169,7 @@ def _run_bench(options: argparse.Namespace) -> tuple[dict[str, Any], str, int]:
     from portcall.bench.report import bench_table
     from portcall.core import Workload
     from portcall.progress import Reporter
+    from portcall.runner_options import runner_fields
 
     workload = Workload(
         batch=options.batch,
@@ -177,6 +178,7 @@ def _run_bench(options: argparse.Namespace) -> tuple[dict[str, Any], str, int]:
         min_time_s=options.min_time,
         max_time_s=options.max_time,
         shapes=dict(options.shape),
+        **runner_fields(options),
     )
     answer = api.benchmark(
         options.artifacts,

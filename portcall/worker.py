@@ -34,6 +34,10 @@ class Interrupted(KeyboardInterrupt):
     """Raised where a worker was ended, or not started, because the user interrupted the command."""
 
 
+class WorkerDied(CellFailed):
+    """A worker ended without an answer: a signal, or an exit of its own."""
+
+
 _open_pools: set[WorkerPool] = set()
 _opened = 0
 
@@ -123,7 +127,7 @@ class WorkerPool:
                 if answer is None:
                     full = shutil.disk_usage(folder).free < 1 << 16
                     fix = f"{folder.parent} is full: free space there, or set TMPDIR" if full else ""
-                    raise CellFailed(f"{_death(status)}{_last_line(output)}", fix)
+                    raise WorkerDied(f"{_death(status)}{_last_line(output)}", fix)
                 if "error" in answer:
                     error = answer["error"]
                     raise error_from_kind(error["kind"], error["message"], error["fix"])

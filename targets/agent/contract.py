@@ -294,7 +294,12 @@ class Census:
 class Workload:
     """How an artifact is measured. Times in seconds; *threads* is the runtime's intra-op count.
 
-    max_time_s caps one cell (all its processes, start-up included); None means no cap.
+    warmup_s and max_warmup_s: the least and the longest warm-up; in between it ends when the series is stationary.
+    A process times at least min_time_s and min_count inferences. max_time_s caps one cell (all its processes, start-up
+    included); None means no cap. ci_width: processes are added until the 95 % interval of P50, upper minus lower end
+    over P50, is that narrow (0.01 is 1 %); None for exactly *processes*.
+    affinity: the CPUs that a process may run on. priority: "nice:N" or "fifo:N". spinning: whether waiting threads of
+    the runtime spin. None leaves each as it is: see ``portcall.targets.agent.settings``.
     """
 
     batch: int = 1
@@ -304,6 +309,12 @@ class Workload:
     min_time_s: float = 1.0
     max_time_s: Optional[float] = None
     shapes: Mapping[str, Tuple[int, ...]] = field(default_factory=dict)
+    max_warmup_s: float = 3.0
+    min_count: int = 5
+    ci_width: Optional[float] = None
+    affinity: Optional[Tuple[int, ...]] = None
+    priority: Optional[str] = None
+    spinning: Optional[bool] = None
 
     def to_json(self) -> Dict[str, Any]:
         return {
@@ -314,12 +325,20 @@ class Workload:
             "min_time_s": self.min_time_s,
             "max_time_s": self.max_time_s,
             "shapes": {k: list(v) for k, v in self.shapes.items()},
+            "max_warmup_s": self.max_warmup_s,
+            "min_count": self.min_count,
+            "ci_width": self.ci_width,
+            "affinity": None if self.affinity is None else list(self.affinity),
+            "priority": self.priority,
+            "spinning": self.spinning,
         }
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Workload:
         values = dict(data)
         values["shapes"] = {k: tuple(v) for k, v in data.get("shapes", {}).items()}
+        if data.get("affinity") is not None:
+            values["affinity"] = tuple(data["affinity"])
         return Workload(**values)
 
 

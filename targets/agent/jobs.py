@@ -17,7 +17,8 @@ from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Seque
 
 import numpy as np
 
-from portcall.targets.agent import fingerprint, memory
+from portcall.targets.agent import fingerprint, memory, settings, timing
+from portcall.targets.agent.available import available_bytes
 from portcall.targets.agent.binding import to_runtime, to_source
 from portcall.targets.agent.contract import (
     Artifact,
@@ -35,7 +36,6 @@ from portcall.targets.agent.errors import (
     VerificationFailed,
 )
 from portcall.targets.agent.finishing import finished
-from portcall.targets.agent.measure import run_loop
 from portcall.targets.agent.parity import ParityAccumulator
 
 Progress = Callable[[int, Optional[int]], None]
@@ -244,13 +244,16 @@ def measure(arguments: Mapping[str, Any], progress: Progress) -> Dict[str, Any]:
     """Measure one process: load, first inference, warm-up, the timed loop.
 
     Raw samples go to the files ``wall``, ``cpu`` and, where the device has a clock of its own, ``device``.
+    "warnings": what this process found that a reader has to know.
 
     deadline_s: seconds from the start of this job after which the loop ends.
     """
-    started = time.perf_counter_ns()
+    started, started_at = time.perf_counter_ns(), timing.now()
     artifact = Artifact.from_json(arguments["artifact"])
     workload = Workload.from_json(arguments["workload"])
+    machine = fingerprint.machine()  # as it is for everybody: before this process is pinned
     before = fingerprint.state()
+    applied, warnings = settings.apply(workload)
     with _session(artifact, workload) as (session, costs):
         names = _Names(artifact, session)
         inputs, _ = _inputs(arguments["inputs"])
@@ -259,28 +262,34 @@ def measure(arguments: Mapping[str, Any], progress: Progress) -> Dict[str, Any]:
         start = time.perf_counter_ns()
         session.infer()
         first_ns = time.perf_counter_ns() - start
+        outputs = session.get_outputs()
         _check(names, session, arguments, limit=1)
         names.bind(session, batch)
         deadline_s = arguments.get("deadline_s")
-        samples = run_loop(
-            session.infer,
-            workload.warmup_s,
-            workload.min_time_s,
-            deadline_ns=None if deadline_s is None else started + int(deadline_s * 1e9),
-        )
-        environment = session.environment
+        deadline_ns = None if deadline_s is None else started + int(deadline_s * 1e9)
+        samples, growth = timing.timed(session, workload, deadline_ns)
+        repeated = timing.compare_outputs(outputs, session.get_outputs())
+        environment = {**session.environment, **applied}
+        spinning = settings.spinning_warning(workload, session.environment, artifact.backend)
+        warnings += [w for w in (spinning, timing.outputs_warning(repeated)) if w is not None]
         device_ns = np.asarray(session.device_times_ns[-samples.wall_ns.size :], np.float64)
     np.save(arguments["wall"], samples.wall_ns)
     np.save(arguments["cpu"], samples.cpu_ns)
     np.save(arguments["device"], device_ns)
     return {
-        "elapsed_s": (time.perf_counter_ns() - started) / 1e9,
+        "elapsed_s": timing.seconds_since(started),
+        "started_at": started_at,
         "n": int(samples.wall_ns.size),
         "warmup": samples.warmup,
+        "steady": None if samples.steady is None else samples.steady.to_json(),
+        "rss_growth_bytes": growth,
+        "outputs": repeated,
+        "overhead": timing.overhead(),
+        "warnings": warnings,
         "load_ns": costs["load_ns"],
         "first_ns": first_ns,
         "environment": {
-            "machine": fingerprint.machine(),
+            "machine": machine,
             "stack": {**fingerprint.stack(), **environment},
             "state": {"before": before, "after": fingerprint.state()},
         },
@@ -289,6 +298,7 @@ def measure(arguments: Mapping[str, Any], progress: Progress) -> Dict[str, Any]:
 
 def measure_memory(arguments: Mapping[str, Any], progress: Progress) -> Dict[str, Any]:
     """Read memory in a process of its own: after importing the runtime, after load, and the high-water mark."""
+    settings.apply(Workload.from_json(arguments["workload"]))
     artifact = Artifact.from_json(arguments["artifact"])
     with _session(artifact, Workload.from_json(arguments["workload"])) as (session, costs):
         loaded = memory.current_rss_bytes()
@@ -299,9 +309,12 @@ def measure_memory(arguments: Mapping[str, Any], progress: Progress) -> Dict[str
             session.infer()
         peak = memory.peak_rss_bytes()
         _check(names, session, arguments, limit=None)
+        left = available_bytes()  # beside what this process holds
+        available = None if left is None else left + memory.current_rss_bytes()
     return {
         "method": memory.METHOD,
         "baseline_bytes": costs["baseline_bytes"],
         "model_bytes": loaded - costs["baseline_bytes"],
         "peak_bytes": peak,
+        "available_bytes": available,
     }
