@@ -276,6 +276,7 @@ def _result(subject: _Subject, target: str, workload: Workload) -> dict[str, Any
         if manifest is None
         else artifacts.model_bytes(manifest),
         "parity": None if manifest is None else manifest["parity"],
+        "eval": None if manifest is None else manifest.get("eval"),
         "workload": workload.to_json(),
         "warnings": subject.warnings,
     }
@@ -300,6 +301,10 @@ def _result(subject: _Subject, target: str, workload: Workload) -> dict[str, Any
     return result
 
 
+def _raw_name(number: int, subject: _Subject) -> str:
+    return f"{number:03d}-{subject.label.replace(':', '-')}.npz"
+
+
 def _save(output: Path, subjects: Sequence[_Subject], results: Sequence[Mapping[str, Any]]) -> None:
     """Write ``bench.json`` and, per subject, the raw samples of every process in order.
 
@@ -313,13 +318,17 @@ def _save(output: Path, subjects: Sequence[_Subject], results: Sequence[Mapping[
             arrays: dict[str, Any] = {f"wall_ns_{i}": a for i, a in enumerate(subject.wall)}
             arrays |= {f"cpu_ns_{i}": a for i, a in enumerate(subject.cpu)}
             arrays |= {f"device_ns_{i}": a for i, a in enumerate(subject.device) if a.size}
-            np.savez_compressed(part / f"{number:03d}-{subject.label.replace(':', '-')}.npz", **arrays)
+            np.savez_compressed(part / _raw_name(number, subject), **arrays)
         raw.mkdir(exist_ok=True)
         for old in raw.glob("[0-9][0-9][0-9]-*.npz"):  # of an earlier bench; anything else is the user's
             old.unlink()
         for new in part.iterdir():
             new.replace(raw / new.name)
-        artifacts.write_json(output / "bench.json", {"schema": 1, "results": list(results)})
+        saved = [
+            {**r, "raw": f"raw/{_raw_name(i, s)}"}
+            for i, (s, r) in enumerate(zip(subjects, results, strict=True))
+        ]
+        artifacts.write_json(output / "bench.json", {"schema": 1, "results": saved})
     except OSError as error:
         raise CellFailed(
             f"cannot write {output}: {error.strerror}", "Free space there or choose another -o"

@@ -14,7 +14,9 @@ import numpy as np
 
 from portcall import artifact as artifacts
 from portcall.accuracy import Accuracy
+from portcall.bench.formats import check_write, write_results
 from portcall.bench.run import run_bench
+from portcall.bench.saved import load_all
 from portcall.calibrating import (
     MEMORY_BYTES,
     CalibrationOptions,
@@ -25,7 +27,7 @@ from portcall.calibrating import (
     run_show,
 )
 from portcall.calibration.histogram import is_compiled
-from portcall.core import Artifact, BadInput, Workload, parse_cells
+from portcall.core import Artifact, BadInput, PortcallError, Workload, parse_cells
 from portcall.exporters import backend_names, get_backend
 from portcall.inspection import run_inspect
 from portcall.ladder import run_debug, write_parity
@@ -169,29 +171,53 @@ def benchmark(
     data: str | Path | None = None,
     preprocess: str | None = None,
     output: str | Path | None = None,
+    write: Sequence[tuple[str, str | Path]] = (),
     timeout_s: float = TIMEOUT_S,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
     """Measure latency and memory of artifacts or bare files; what ``portcall bench --json`` prints.
 
-    output: a folder for ``bench.json`` and the raw samples; where it cannot be written, "error" stands beside the
-    results.
+    output: a folder for ``bench.json`` and the raw samples. write: (format, file) pairs, as ``report`` writes them;
+    "written" then lists them. Where something cannot be written, "error" stands beside the results.
     """
+    for name, path in write:
+        check_write(name, Path(path))
     single = isinstance(artifacts_or_files, str | Path)
     specs = [artifacts_or_files] if single else list(artifacts_or_files)  # type: ignore[arg-type]  # narrowed by single
+    written: list[dict[str, Any]] = []
     with open_workspace(reporter or Reporter(False), timeout_s) as work:
+        folder = None if output is None else Path(output)
+        if folder is None and write:
+            folder = work.folder / "saved"
         results, unsaved = run_bench(
-            work,
-            [str(s) for s in specs],
-            target,
-            workload or Workload(),
-            _data(data, preprocess),
-            None if output is None else Path(output),
+            work, [str(s) for s in specs], target, workload or Workload(), _data(data, preprocess), folder
         )
+        if folder is not None and unsaved is None:
+            try:
+                for name, path in write:
+                    written.append(write_results(load_all([folder]), name, Path(path)))
+            except PortcallError as error:
+                unsaved = error
     answer: dict[str, Any] = {"schema": SCHEMA, "results": results}
+    if write:
+        answer["written"] = written
     if unsaved is not None:
         answer["error"] = {"kind": unsaved.kind, "message": unsaved.message, "fix": unsaved.fix or None}
     return answer
+
+
+def report(
+    results: str | Path | Sequence[str | Path], output: str | Path, *, to: str = "html"
+) -> dict[str, Any]:
+    """Write what ``bench -o`` saved as a report, a plot, raw samples, or in another tool's format.
+
+    results: folders of ``bench -o``, or files that hold what ``bench --json`` printed. to: a name in
+    ``portcall.bench.formats.FORMATS``. Returns {"schema", "written": [{"format", "path", "results", "left_out"}]}.
+    Raises BadInput for unusable results, an unknown format or path; UnavailableError where a package is missing.
+    """
+    check_write(to, Path(output))
+    given = [results] if isinstance(results, str | Path) else list(results)
+    return {"schema": SCHEMA, "written": [write_results(load_all(given), to, Path(output))]}
 
 
 def calibrate(
