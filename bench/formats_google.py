@@ -22,14 +22,25 @@ def google_benchmark(results: Sequence[SavedResult]) -> dict[str, Any]:
     """Return the JSON object: {"context", "benchmarks"}; times in ns.
 
     real_time and cpu_time of a repetition are means over one process's inferences, as google-benchmark defines them;
-    percentiles of that process stand beside them as user counters. Aggregates (mean, median, stddev, cv) are over
-    processes, from two of them on. A cell without a measurement has "error_occurred" and "error_message", and no
-    times: 0 would be read as one. What the system does not tell is left out of "context", except "caches", which
+    the benchmark NAME/p50 has medians in their place, which a noisy machine moves less. Percentiles of that process
+    stand beside them as user counters. Aggregates (mean, median, stddev, cv) are over processes, from two of them on.
+    A cell without a measurement is an aggregate named after its outcome, with "error_occurred", "error_message" and
+    no times: 0 would be read as one. What the system does not tell is left out of "context", except "caches", which
     readers insist on. Raises BadInput for results of several machines: the format has one context.
     """
-    benchmarks: list[dict[str, Any]] = []
-    for family, (name, result) in enumerate(zip(names(results), results, strict=True)):
-        benchmarks += _family(name, family, result)
+    families: list[list[dict[str, Any]]] = []
+    for name, result in zip(names(results), results, strict=True):
+        if not result.measured:
+            families.append([_unmeasured(name, result)])
+            continue
+        families.append(_family(name, result, np.mean))
+        if all(supported_percentile(0.5, p.wall_ns.size) for p in _processes(result)):
+            families.append(_family(f"{name}/p50", result, np.median))
+    benchmarks = [
+        {"name": entry.pop("name"), "family_index": i, "per_family_instance_index": 0, **entry}
+        for i, family in enumerate(families)
+        for entry in family
+    ]
     return {"context": _context(results), "benchmarks": benchmarks}
 
 
@@ -76,26 +87,42 @@ def _mhz(machine: Any) -> int | None:
     return round(max(numbers) / 1000) if numbers else None
 
 
-def _family(name: str, family: int, result: SavedResult) -> list[dict[str, Any]]:
-    processes = [p for p in result.processes if p.wall_ns.size]
+def _processes(result: SavedResult) -> list[ProcessSamples]:
+    return [p for p in result.processes if p.wall_ns.size]
+
+
+def _unmeasured(name: str, result: SavedResult) -> dict[str, Any]:
+    outcome, reason, fix = (result.get(key) for key in ("outcome", "reason", "fix"))
+    return {
+        "name": f"{name}_{outcome}",
+        "run_name": name,
+        "run_type": "aggregate",  # compare.py takes for granted that every other entry has times
+        "repetitions": 0,
+        "threads": 1,
+        "aggregate_name": outcome,
+        "error_occurred": True,
+        "error_message": f"{outcome}: {reason or 'no samples'}" + (f"; fix: {fix}" if fix else ""),
+    }
+
+
+def _family(name: str, result: SavedResult, statistic: Callable[..., Any]) -> list[dict[str, Any]]:
+    processes = _processes(result)
     common = {
         "name": name,
-        "family_index": family,
-        "per_family_instance_index": 0,
         "run_name": name,
         "run_type": "iteration",
         "repetitions": len(processes),
         "threads": 1,  # of the benchmark; those of the runtime are in the name
     }
-    if not result.measured:
-        reason = result.get("reason") or "no samples"
-        fix = result.get("fix")
-        message = f"{result.result['outcome']}: {reason}" + (f"; fix: {fix}" if fix else "")
-        return [{**common, "error_occurred": True, "error_message": message}]
     label = f"{result.result['backend']} {result.result['precision']} on {result.result['target']}"
     batch = result.number("workload", "batch") or 1
     entries = [
-        {**common, "repetition_index": i, **_repetition(p, batch), "label": f"{label}, n={p.wall_ns.size}"}
+        {
+            **common,
+            "repetition_index": i,
+            **_repetition(p, batch, statistic),
+            "label": f"{label}, n={p.wall_ns.size}",
+        }
         for i, p in enumerate(processes)
     ]
     if len(entries) < 2:
@@ -104,11 +131,11 @@ def _family(name: str, family: int, result: SavedResult) -> list[dict[str, Any]]
     return [*entries, *(_aggregate(aggregate, kind, entries) for kind in _AGGREGATES)]
 
 
-def _repetition(process: ProcessSamples, batch: float) -> dict[str, Any]:
+def _repetition(process: ProcessSamples, batch: float, statistic: Callable[..., Any]) -> dict[str, Any]:
     wall = process.wall_ns
-    times: dict[str, Any] = {"iterations": wall.size, "real_time": float(wall.mean())}
+    times: dict[str, Any] = {"iterations": wall.size, "real_time": float(statistic(wall))}
     if process.cpu_ns is not None:
-        times["cpu_time"] = float(process.cpu_ns.mean())
+        times["cpu_time"] = float(statistic(process.cpu_ns))
     times["time_unit"] = "ns"
     if times["real_time"] > 0:
         times["items_per_second"] = batch * 1e9 / times["real_time"]

@@ -13,7 +13,7 @@ import numpy as np
 
 from portcall import __version__
 from portcall.bench.saved import SavedResult
-from portcall.bench.statistics import percentile, supported_percentile
+from portcall.bench.statistics import percentile
 
 REPORT, CONFIG = "benchmark_report.json", "benchmark_config.json"
 _FIELDS = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99}
@@ -22,10 +22,11 @@ _FIELDS = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99}
 def optimum_report(result: SavedResult) -> dict[str, Any]:
     """Return one artifact's report: {"load_model", "first_forward", "forward"}, each with its sections or null.
 
-    Latencies in s, as that tool has them: "values" pools all processes in order, stdev divides by n (NumPy's
-    default), stdev_ is in percent of the mean. A percentile that n does not support is null, whatever the tool itself
-    would print. Memory in MB of 1e6 bytes; the parts that other devices have are null. Energy and efficiency are
-    null: that tool splits energy by component, portcall's counters do not.
+    Latencies in s, as that tool defines them: "values" pools all processes in order, percentiles are those of the values
+    whatever their count (the format has no place for an absent one, and its reader stops at null; the warnings in the
+    configuration say which of them n does not support), stdev divides by n, stdev_ is in percent of the mean. Memory
+    in MB of 1e6 bytes; the parts that other devices have are null. Energy and efficiency are null: that tool splits
+    energy by component, portcall's counters do not.
     """
     wall = np.concatenate([p.wall_ns for p in result.processes])
     forward = {
@@ -48,7 +49,11 @@ def optimum_config(result: SavedResult, name: str) -> dict[str, Any]:
     return {
         "name": name,
         "backend": {"name": entry["backend"], "model": entry["artifact"], "precision": entry["precision"]},
-        "scenario": {"name": "inference", **(entry.get("workload") or {})},
+        "scenario": {
+            "name": "inference",
+            **(entry.get("workload") or {}),
+            "warnings": entry.get("warnings") or [],
+        },
         "launcher": {"name": "process", "tool": f"portcall {__version__}", "target": entry["target"]},
         "environment": entry.get("environment"),
         "print_report": False,
@@ -58,16 +63,15 @@ def optimum_config(result: SavedResult, name: str) -> dict[str, Any]:
 
 def _latency(values_s: np.ndarray[Any, Any]) -> dict[str, Any]:
     mean, stdev = float(values_s.mean()), float(values_s.std())
-    n = values_s.size
     return {
         "unit": "s",
         "values": values_s.tolist(),
-        "count": n,
+        "count": values_s.size,
         "total": float(values_s.sum()),
         "mean": mean,
-        **{k: percentile(values_s, q) if supported_percentile(q, n) else None for k, q in _FIELDS.items()},
+        **{k: percentile(values_s, q) for k, q in _FIELDS.items()},
         "stdev": stdev,
-        "stdev_": 100 * stdev / mean if mean > 0 else None,
+        "stdev_": 100 * stdev / mean if mean > 0 else 0.0,
     }
 
 

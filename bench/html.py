@@ -22,6 +22,9 @@ from portcall.bench.saved import SavedResult, names
 from portcall.targets.agent.fingerprint import identity
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+_LONGEST = 100
+"""How many values of a list are shown."""
+
 _TURNS = frozenset({"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"})
 _SHOWN_ELSEWHERE = frozenset(
     {
@@ -288,7 +291,8 @@ def _value(value: Any, depth: int = 0) -> str:
                 for v in value
             )
             return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
-        return _text(", ".join(map(str, value))) or ABSENT
+        more = f", ... ({len(value)} in all)" if len(value) > _LONGEST else ""
+        return _text(", ".join(map(str, value[:_LONGEST])) + more) or ABSENT
     if value is None:
         return ABSENT
     if isinstance(value, bool):

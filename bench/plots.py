@@ -161,11 +161,12 @@ def _ecdf(results: Sequence[SavedResult]) -> Any:
         )
         _mark(axes, result, number)
         handles.append(line)
-        labels.append(f"{name}  n={result.latency['n']}, {result.latency['processes']} processes")
+        labels.append(f"{name}, n={result.latency['n']}, {result.latency['processes']} processes")
         smallest.append(values[0])
         largest.append(float(np.quantile(values, 0.995)))
     if shown:
         beyond = _limits(axes, min(smallest), max(largest))
+        axes.set_title("dots: percentiles; bars: their 95 % intervals over processes", fontsize=8, loc="left")
         axes.set_xlabel(f"latency of one inference, ms{beyond}")
         axes.set_ylabel("share of inferences at most that slow")
         axes.set_ylim(0, 1.01)
@@ -204,18 +205,23 @@ def _mark(axes: Any, result: SavedResult, number: int) -> None:
 
 def _limits(axes: Any, low: float, high: float) -> str:
     """Set the range of x, logarithmic where it is wide; return what the axis has to say about its end."""
-    from matplotlib.ticker import FuncFormatter, LogLocator
-
     if low > 0 and high / low > 10:
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.xaxis.set_minor_formatter(FuncFormatter(lambda *_: ""))
+        _log_ticks(axes.xaxis, (1.0, 2.0, 5.0))
         axes.set_xlim(0.9 * low, 1.2 * high)
         return " (logarithmic; the slowest 0.5 % may lie beyond the right end)"
     margin = 0.05 * (high - low) or 0.05 * high
     axes.set_xlim(low - margin, high + margin)
     return " (the slowest 0.5 % may lie beyond the right end)"
+
+
+def _log_ticks(axis: Any, steps: Sequence[float]) -> None:
+    """Label a logarithmic axis with plain numbers: matplotlib's own are mathematics."""
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    axis.set_major_locator(LogLocator(subs=steps))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(FuncFormatter(lambda *_: ""))
 
 
 # ----------------------------------------------------------------------------------------------- time series
@@ -236,8 +242,6 @@ def _series(results: Sequence[SavedResult]) -> Any:
 
 
 def _panel(axes: Any, name: str, result: SavedResult, number: int) -> None:
-    from matplotlib.ticker import FuncFormatter
-
     processes = [p for p in result.processes if p.wall_ns.size]
     budget = max(50, _POINTS // len(processes))
     shades, start = (1.0, 0.55), 0
@@ -260,8 +264,7 @@ def _panel(axes: Any, name: str, result: SavedResult, number: int) -> None:
     values = np.concatenate([p.wall_ns for p in processes])
     if values.min() > 0 and values.max() > 5 * np.median(values):
         axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.yaxis.set_minor_formatter(FuncFormatter(lambda *_: ""))
+        _log_ticks(axes.yaxis, (1.0,))
         axes.set_ylabel("ms (log)")
     else:
         axes.set_ylabel("ms")
@@ -297,7 +300,7 @@ def _tradeoff(results: Sequence[SavedResult]) -> Any:
     if not found.points:
         _nothing(axes, "no artifact has both a latency and an accuracy")
     else:
-        _bubbles(axes, found.points)
+        _bubbles(axes, found.points, found.axis.endswith("%"))
         axes.set_xlabel("P50 latency, ms" + (" (logarithmic)" if axes.get_xscale() == "log" else ""))
         axes.set_ylabel(found.axis)
         samples = sorted({p.samples[1] for p in found.points})
@@ -308,15 +311,16 @@ def _tradeoff(results: Sequence[SavedResult]) -> Any:
     return figure
 
 
-def _bubbles(axes: Any, points: Sequence[Point]) -> None:
-    from matplotlib.ticker import FuncFormatter
+def _size(size_bytes: float) -> str:
+    return f"{size_bytes / 1e6:.2f} MB" if size_bytes >= 1e5 else f"{size_bytes / 1e3:.1f} kB"
 
+
+def _bubbles(axes: Any, points: Sequence[Point], percent: bool) -> None:
     largest = max(p.size_bytes for p in points) or 1.0
     latencies = [p.p50_ns / 1e6 for p in points]
     if min(latencies) > 0 and max(latencies) > 5 * min(latencies):
         axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.xaxis.set_minor_formatter(FuncFormatter(lambda *_: ""))
+        _log_ticks(axes.xaxis, (1.0, 2.0, 5.0))
     front = sorted((p for p in points if p.front), key=lambda p: p.p50_ns)
     axes.plot(
         [p.p50_ns / 1e6 for p in front],
@@ -343,11 +347,14 @@ def _bubbles(axes: Any, points: Sequence[Point]) -> None:
             facecolor=color if p.front else "none", edgecolor=color, alpha=0.8, zorder=2,
         )  # fmt: skip
         bubble.set_gid(f"point-{number}")
-        label = f"{_short(p.name, 50)}, {p.size_bytes / 1e6:.2f} MB, n={p.samples[0]}"
+        label = f"{_short(p.name, 50)}, {_size(p.size_bytes)}, n={p.samples[0]}"
         # Labels go up and down in turn: artifacts of one model often have nearly the same accuracy.
         lift = 9 + 9 * (number // 2)
         axes.annotate(
             label, (x, p.accuracy), xytext=(6, lift if number % 2 == 0 else -lift - 4), textcoords="offset points",
             fontsize=7, color=color,
         )  # fmt: skip
-    axes.margins(x=0.25, y=0.25)
+    axes.margins(x=0.3, y=0.25)
+    low, high = axes.get_ylim()
+    if percent:  # there is nothing above 100 %, and nothing to see where all are alike
+        axes.set_ylim(min(low, high - 2), min(high, 101))
