@@ -22,11 +22,11 @@ _FIELDS = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99}
 def optimum_report(result: SavedResult) -> dict[str, Any]:
     """Return one artifact's report: {"load_model", "first_forward", "forward"}, each with its sections or null.
 
-    Latencies in s, as that tool defines them: "values" pools all processes in order, percentiles are those of the values
-    whatever their count (the format has no place for an absent one, and its reader stops at null; the warnings in the
-    configuration say which of them n does not support), stdev divides by n, stdev_ is in percent of the mean. Memory
-    in MB of 1e6 bytes; the parts that other devices have are null. Energy and efficiency are null: that tool splits
-    energy by component, portcall's counters do not.
+    Latencies in s, as that tool defines them: "values" pools all processes in order; percentiles are those of the
+    values, whatever their count: the format has no place for an absent one, and its reader stops at null (the warnings
+    in the configuration say which of them n does not support); stdev divides by n, stdev_ is in percent of the mean.
+    Memory in MB of 1e6 bytes; the parts that other devices have are null. Energy and efficiency are null: that tool
+    splits energy by component, portcall's counters do not.
     """
     wall = np.concatenate([p.wall_ns for p in result.processes])
     forward = {

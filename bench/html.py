@@ -12,20 +12,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
-from unicodedata import bidirectional, category
 
 from portcall import __version__
 from portcall.bench import plots
 from portcall.bench.html_style import METHODS, STYLE
 from portcall.bench.report import ABSENT, accuracy_text
-from portcall.bench.saved import SavedResult, names
+from portcall.bench.saved import SavedResult, names, visible
 from portcall.targets.agent.fingerprint import identity
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 _LONGEST = 100
 """How many values of a list are shown."""
 
-_TURNS = frozenset({"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"})
 _SHOWN_ELSEWHERE = frozenset(
     {
         "artifact", "backend", "precision", "target", "outcome", "error_kind", "reason", "fix", "cpu",
@@ -73,12 +71,7 @@ def html_report(results: Sequence[SavedResult]) -> str:
 
 
 def _text(value: Any) -> str:
-    """Return *value* as HTML text; control characters, and those that turn the reading direction, become U+FFFD."""
-    clean = "".join(
-        "\ufffd" if (category(c) == "Cc" and c not in "\n\t") or bidirectional(c) in _TURNS else c
-        for c in str(value)
-    )
-    return escape(clean, quote=True)
+    return escape(visible(str(value)), quote=True)
 
 
 def _paragraph(text: str) -> str:
@@ -136,7 +129,8 @@ def _accuracy(result: SavedResult) -> str | None:
 
 
 def _n(result: SavedResult) -> str:
-    return f"{result.latency['n']} in {result.latency['processes']} processes"
+    processes = result.latency["processes"]
+    return f"{result.latency['n']} in {processes} process{'' if processes == 1 else 'es'}"
 
 
 _LATENCY: tuple[Column, ...] = (

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
+from unicodedata import bidirectional, category
 
 import numpy as np
 
@@ -146,6 +147,18 @@ def names(results: Sequence[SavedResult]) -> list[str]:
         seen[name] += 1
         unique.append(name if seen[name] == 1 else f"{name} #{seen[name]}")
     return unique
+
+
+def visible(text: str) -> str:
+    """Return *text* with U+FFFD for control characters, which XML and HTML cannot hold, and for those that turn the
+    reading direction; line ends and tabs stay."""
+    return "".join(
+        "\ufffd" if (category(c) == "Cc" and c not in "\n\t") or bidirectional(c) in _TURNS else c
+        for c in text
+    )
+
+
+_TURNS = frozenset({"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"})
 
 
 def _name(result: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -185,13 +186,14 @@ def benchmark(
     single = isinstance(artifacts_or_files, str | Path)
     specs = [artifacts_or_files] if single else list(artifacts_or_files)  # type: ignore[arg-type]  # narrowed by single
     written: list[dict[str, Any]] = []
-    with open_workspace(reporter or Reporter(False), timeout_s) as work:
+    with contextlib.ExitStack() as stack:
         folder = None if output is None else Path(output)
         if folder is None and write:
-            folder = work.folder / "saved"
-        results, unsaved = run_bench(
-            work, [str(s) for s in specs], target, workload or Workload(), _data(data, preprocess), folder
-        )
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="portcall-"))) / "bench"
+        with open_workspace(reporter or Reporter(False), timeout_s) as work:
+            results, unsaved = run_bench(
+                work, [str(s) for s in specs], target, workload or Workload(), _data(data, preprocess), folder
+            )
         if folder is not None and unsaved is None:
             try:
                 for name, path in write:

@@ -202,6 +202,8 @@ def _run_bench(options: argparse.Namespace) -> tuple[dict[str, Any], str, int]:
 def _run_report(options: argparse.Namespace) -> tuple[dict[str, Any], str, int]:
     from portcall import api
 
+    for number in SIGNALS:  # there is no worker to end, but a half-written file to remove
+        signal.signal(number, _raise_interrupt)
     answer = api.report(options.results, options.output, to=options.to)
     return answer, _written(answer["written"]), OK
 
@@ -284,6 +286,10 @@ def _interrupt(as_json: bool, signum: int, frame: object) -> None:
     assert worker is not None
     if not worker.interrupt_all():
         raise KeyboardInterrupt
+
+
+def _raise_interrupt(signum: int, frame: object) -> None:
+    raise KeyboardInterrupt
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

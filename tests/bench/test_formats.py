@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -299,7 +303,7 @@ def test_what_cannot_be_written_is_refused_first(
 def test_a_missing_package_is_named_with_the_extra(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(formats.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(UnavailableError) as caught:
         check_write(name, tmp_path / "x.svg")
     needs = FORMATS[name].needs
@@ -349,3 +353,37 @@ def test_the_command(portcall: Run, folder: Path, tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (2, "") and "holds no bench.json" in done.stderr
     done = portcall("bench", folder, "--write", "html")
     assert done.returncode == 2 and "FORMAT=FILE" in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_leaves_nothing_half_written(tmp_path: Path, number: signal.Signals) -> None:
+    wall = [np.arange(1, 2_000_001)]
+    folder = save(tmp_path / "b", [(measured(wall), wall)])
+    (tmp_path / "out").mkdir()
+    command = [sys.executable, "-m", "portcall", "report", str(folder), "--to", "csv", "--json", "-o"]
+    with subprocess.Popen(
+        [*command, str(tmp_path / "out" / "s.csv")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        deadline = time.monotonic() + 60
+        while (
+            not list((tmp_path / "out").iterdir()) and time.monotonic() < deadline and process.poll() is None
+        ):
+            time.sleep(0.01)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=30)
+    assert process.returncode == 130, err
+    assert json.loads(out)["error"]["kind"] == "interrupted" and "Traceback" not in err
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_write_that_fails_loses_no_measurement(identity_onnx: Path, tmp_path: Path) -> None:
+    portcall.api.export(identity_onnx, "null:fp32", tmp_path / "a")
+    (tmp_path / "r").mkdir()
+    workload = Workload(processes=1, min_time_s=0.01, warmup_s=0.0)
+    write = [
+        ("optimum-benchmark", tmp_path / "r"),
+        ("optimum-benchmark", tmp_path / "r"),
+    ]  # the second finds it used
+    answer = portcall.api.benchmark(tmp_path / "a", workload=workload, write=write)
+    assert answer["results"][0]["outcome"] == "measurement" and len(answer["written"]) == 1
+    assert "new or empty" in answer["error"]["fix"]
