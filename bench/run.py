@@ -87,10 +87,12 @@ def run_bench(
             _attempt(subject, partial(_measure, work, driver, subject, workload, number))
     results = [_result(subject, target, workload) for subject in subjects]
     if output is not None:
+        saved = [{**r, "raw": f"raw/{_raw_name(i, subjects[i])}"} for i, r in enumerate(results)]
         try:
-            _save(output, subjects, results)
+            _save(output, subjects, saved)
         except PortcallError as error:
             return results, error
+        return saved, None
     return results, None
 
 
@@ -279,6 +281,7 @@ def _result(subject: _Subject, target: str, workload: Workload) -> dict[str, Any
         "eval": None if manifest is None else manifest.get("eval"),
         "workload": workload.to_json(),
         "warnings": subject.warnings,
+        "raw": None,
     }
     if subject.error is not None:
         result.update(
@@ -324,11 +327,7 @@ def _save(output: Path, subjects: Sequence[_Subject], results: Sequence[Mapping[
             old.unlink()
         for new in part.iterdir():
             new.replace(raw / new.name)
-        saved = [
-            {**r, "raw": f"raw/{_raw_name(i, s)}"}
-            for i, (s, r) in enumerate(zip(subjects, results, strict=True))
-        ]
-        artifacts.write_json(output / "bench.json", {"schema": 1, "results": saved})
+        artifacts.write_json(output / "bench.json", {"schema": 1, "results": list(results)})
     except OSError as error:
         raise CellFailed(
             f"cannot write {output}: {error.strerror}", "Free space there or choose another -o"

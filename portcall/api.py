@@ -200,6 +200,8 @@ def benchmark(
                     written.append(write_results(load_all([folder]), name, Path(path)))
             except PortcallError as error:
                 unsaved = error
+    if output is None:
+        results = [{**r, "raw": None} for r in results]  # they were kept for --write alone
     answer: dict[str, Any] = {"schema": SCHEMA, "results": results}
     if write:
         answer["written"] = written

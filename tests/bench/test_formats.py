@@ -337,6 +337,7 @@ def test_bench_writes_formats_without_a_folder_of_its_own(identity_onnx: Path, t
         ("csv", 1, []),
         ("bencher", 1, []),
     ]
+    assert answer["results"][0]["raw"] is None, "no folder of samples is left"
     n = answer["results"][0]["latency"]["n"]
     assert len((tmp_path / "new folder" / "s.csv").read_text().splitlines()) == n + 1
     assert json.loads((tmp_path / "b.json").read_text())["null:fp32"]["latency"]["value"] > 0
