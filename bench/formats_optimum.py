@@ -6,7 +6,7 @@ optimum_benchmark/trackers/{latency,memory}.py; the names of the targets are tho
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from portcall.bench.saved import SavedResult
 from portcall.bench.statistics import percentile
 
 REPORT, CONFIG = "benchmark_report.json", "benchmark_config.json"
+_J_PER_KWH = 3.6e6
 _FIELDS = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99}
 
 
@@ -25,16 +26,16 @@ def optimum_report(result: SavedResult) -> dict[str, Any]:
     Latencies in s, as that tool defines them: "values" pools all processes in order; percentiles are those of the
     values, whatever their count: the format has no place for an absent one, and its reader stops at null (the warnings
     in the configuration say which of them n does not support); stdev divides by n, stdev_ is in percent of the mean.
-    Memory in MB of 1e6 bytes; the parts that other devices have are null. Energy and efficiency are null: that tool
-    splits energy by component, portcall's counters do not.
+    Memory in MB of 1e6 bytes; the parts that other devices have are null. Energy in kWh per inference, idle power
+    included as that tool has it; a component that no counter sees is 0 in it, and its counters are in the
+    configuration. Without any counter, energy and efficiency are null.
     """
     wall = np.concatenate([p.wall_ns for p in result.processes])
     forward = {
         "memory": _memory(result),
         "latency": _latency(wall / 1e9),
         "throughput": {"unit": "samples/s", "value": result.number("throughput_per_s")},
-        "energy": None,
-        "efficiency": None,
+        **_energy(result),
     }
     return {
         "load_model": _once(result, "load_ns"),
@@ -53,6 +54,7 @@ def optimum_config(result: SavedResult, name: str) -> dict[str, Any]:
             "name": "inference",
             **(entry.get("workload") or {}),
             "warnings": entry.get("warnings") or [],
+            "energy": entry.get("energy"),
         },
         "launcher": {"name": "process", "tool": f"portcall {__version__}", "target": entry["target"]},
         "environment": entry.get("environment"),
@@ -81,6 +83,21 @@ def _memory(result: SavedResult) -> dict[str, Any] | None:
         return None
     absent = ("max_global_vram", "max_process_vram", "max_reserved", "max_allocated")
     return {"unit": "MB", "max_ram": peak / 1e6, **dict.fromkeys(absent)}
+
+
+def _energy(result: SavedResult) -> dict[str, Any]:
+    """Return the sections "energy" and "efficiency"; counters are named as ``targets.agent`` names them."""
+    total, counters = result.number("energy", "joules_per_inference"), result.get("energy", "counters")
+    if total is None or total <= 0 or not isinstance(counters, Mapping):
+        return {"energy": None, "efficiency": None}
+    kwh = {"cpu": 0.0, "ram": 0.0, "gpu": 0.0}
+    for name, joules in counters.items():
+        kwh["gpu" if name.startswith("gpu") else "ram" if "dram" in name else "cpu"] += joules / _J_PER_KWH
+    batch = result.number("workload", "batch") or 1
+    return {
+        "energy": {"unit": "kWh", **kwh, "total": total / _J_PER_KWH},
+        "efficiency": {"unit": "samples/kWh", "value": batch * _J_PER_KWH / total},
+    }
 
 
 def _once(result: SavedResult, key: str) -> dict[str, Any] | None:

@@ -46,7 +46,6 @@ def html_report(results: Sequence[SavedResult]) -> str:
     sections = [
         f"<h1>{title}</h1>",
         _paragraph(f"{measured} of {len(results)} cells measured{when}. Written by portcall {__version__}."),
-        _labels(results),
         _warnings(results),
         "<h2>Latency</h2>",
         _table("Latency of one inference in ms, with 95 % intervals over processes", _LATENCY, results),
@@ -121,6 +120,18 @@ def _parity(result: SavedResult) -> str | None:
     return ", ".join(parts) + f" ({told}{', interpreted' if result.get('parity', 'interpreted') else ''})"
 
 
+def _energy(result: SavedResult) -> str | None:
+    joules = result.number("energy", "joules_per_inference")
+    told = f"{result.get('energy', 'method')}, n={result.get('energy', 'n')}"
+    return None if joules is None else f"{joules * 1e3:.4g} ({told})"
+
+
+def _placement(result: SavedResult) -> str | None:
+    shares = [(w, result.number("placement", k)) for w, k in (("operators", "share"), ("time", "time_share"))]
+    parts = [f"{100 * share:.1f} % of {word}" for word, share in shares if share is not None]
+    return f"{', '.join(parts)} on {result.get('placement', 'unit')}" if parts else None
+
+
 def _accuracy(result: SavedResult) -> str | None:
     found = result.get("eval")
     if found is None or result.number("eval", "value") is None or result.number("eval", "reference") is None:
@@ -140,6 +151,7 @@ _LATENCY: tuple[Column, ...] = (
     ("P99", _percentile("p99_ns")),
     ("P99.9", _percentile("p999_ns")),
     ("mean", _percentile("mean_ns")),
+    ("trimmed mean", _percentile("trimmed_mean_ns")),
     ("min", lambda r: _ms(r, "latency", "min_ns")),
     ("CPU time P50", lambda r: _ms(r, "cpu", "p50_ns")),
     ("n", _n),
@@ -147,6 +159,8 @@ _LATENCY: tuple[Column, ...] = (
 _COST: tuple[Column, ...] = (
     ("size MB", _scaled(2, 1e-6, "size_bytes")),
     ("peak memory MB (method)", _memory),
+    ("energy per inference mJ (method)", _energy),
+    ("placement", _placement),
     ("load ms", lambda r: _ms(r, "load_ns")),
     ("first inference ms", lambda r: _ms(r, "first_ns")),
     ("samples per s", _scaled(1, 1.0, "throughput_per_s")),
@@ -182,16 +196,6 @@ def _absence(result: SavedResult) -> str:
     fix = result.get("fix")
     text = f"<strong>{_text(result.result['outcome'])}</strong>: {_text(result.get('reason') or 'no reason given')}"
     return text + (f"<br>To do: {_text(fix)}" if fix else "")
-
-
-def _labels(results: Sequence[SavedResult]) -> str:
-    """Say which figures are emulated, simulated, interpreted or estimated."""
-    found = []
-    for name, result in zip(names(results), results, strict=True):
-        words = [w for w in ("emulated", "simulated", "interpreted", "estimated") if result.get(w)]
-        words += [f"parity {w}" for w in ("interpreted",) if result.get("parity", w)]
-        found += [f"<li>{_text(name)}: {_text(', '.join(words))}</li>"] if words else []
-    return f'<ul class="labels">{"".join(found)}</ul>' if found else ""
 
 
 def _warnings(results: Sequence[SavedResult]) -> str:

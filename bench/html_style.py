@@ -15,7 +15,7 @@ th[scope=row] { font-weight: 600; overflow-wrap: anywhere; }
 td { overflow-wrap: anywhere; }
 td table, details table { font-size: .9rem; }
 .wide { overflow-x: auto; } .wide td { white-space: nowrap; } .wide td.absent { white-space: normal; }
-.absent strong, .absent { color: var(--bad); } .warnings, .labels { color: var(--note); }
+.absent strong, .absent { color: var(--bad); } .warnings { color: var(--note); }
 figure { margin: 1rem 0; background: #fff; color: #000; border: 1px solid var(--line); padding: .5rem; }
 figure img { max-width: 100%; height: auto; display: block; }
 details { margin: .5rem 0; } summary { cursor: pointer; background: var(--soft); padding: .3rem .5rem; }

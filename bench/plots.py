@@ -246,7 +246,7 @@ def _bubbles(axes: Any, points: Sequence[Point], percent: bool) -> None:
             facecolor=color if p.front else "none", edgecolor=color, alpha=0.8, zorder=2,
         )  # fmt: skip
         bubble.set_gid(f"point-{number}")
-        label = f"{short(p.name, 50)}, {_size(p.size_bytes)}, n={p.samples[0]}"
+        label = f"{short(p.name, 80)}, {_size(p.size_bytes)}, n={p.samples[0]}"
         # Labels go up and down in turn: artifacts of one model often have nearly the same accuracy.
         lift = 9 + 9 * (number // 2)
         axes.annotate(

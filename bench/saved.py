@@ -27,6 +27,9 @@ SCHEMA = 1
 
 FILE = "bench.json"
 RAW = "raw"
+LABELS = ("emulated", "simulated", "interpreted", "estimated")
+"""Keys of a result that say that its figures are not of the real thing; where one is true, its name says so."""
+
 _AGAIN = "Run portcall bench again, with -o"
 _TEXTS = ("artifact", "backend", "precision", "target", "outcome")
 _OBJECTS = ("latency", "cpu", "device", "memory", "environment", "parity", "eval", "workload")
@@ -133,7 +136,8 @@ def names(results: Sequence[SavedResult]) -> list[str]:
     """Return one name per result, unique and the same from run to run, for tools that follow a name over time.
 
     ``onnxruntime:int8``, a bare file's name, or either with what differs from the default: ``@target``,
-    ``/batch:8``, ``/threads:4`` (as google-benchmark writes them). Names that are alike get the artifact's path.
+    ``/batch:8``, ``/threads:4`` (as google-benchmark writes them), ``(emulated)``. Names that are alike get the
+    artifact's path.
     """
     short = [_name(r.result) for r in results]
     alike = Counter(short)
@@ -170,7 +174,8 @@ def _name(result: Mapping[str, Any]) -> str:
     for key in ("batch", "threads"):
         if workload.get(key, 1) != 1:
             name += f"/{key}:{workload[key]}"
-    return name
+    labels = [word for word in LABELS if result.get(word)]
+    return f"{name} ({', '.join(labels)})" if labels else name
 
 
 def _json(file: Path, given: Path) -> dict[str, Any]:

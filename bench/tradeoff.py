@@ -52,6 +52,8 @@ def tradeoff(results: Sequence[SavedResult]) -> Tradeoff:
             left_out.append((name, f"no {axis}" if axis else "no accuracy: neither --eval nor parity"))
         else:
             value, interval, n = accuracy
+            if result.get("parity", "interpreted"):
+                name += " (accuracy by an interpreter)"
             points.append(
                 Point(
                     name,

@@ -189,6 +189,23 @@ def test_optimum_benchmark_lists_what_every_process_needed(tmp_path: Path) -> No
     )
 
 
+def test_optimum_benchmark_splits_energy_as_it_does(tmp_path: Path) -> None:
+    """Its class Energy has cpu, ram, gpu and total; Efficiency is volume / total (release 0.6.0)."""
+    wall = samples()
+    energy = {
+        "available": True,
+        "joules_per_inference": 0.36,
+        "counters": {"intel-rapl:0 package-0": 0.2, "intel-rapl:0:1 dram": 0.06, "gpu0": 0.1},
+    }
+    folder = save(tmp_path / "b", [(measured(wall, energy=energy, workload={"batch": 2}), wall)])
+    written(folder, "optimum-benchmark", tmp_path / "o")
+    [report] = (tmp_path / "o").glob("*/benchmark_report.json")
+    found = json.loads(report.read_text())["forward"]
+    wanted = {"cpu": 0.2 / 3.6e6, "ram": 0.06 / 3.6e6, "gpu": 0.1 / 3.6e6, "total": 1e-7}
+    assert found["energy"].pop("unit") == "kWh" and found["energy"] == pytest.approx(wanted)
+    assert found["efficiency"] == {"unit": "samples/kWh", "value": pytest.approx(2e7)}
+
+
 # -------------------------------------------------------------------------------------------- Bencher and GitHub
 
 

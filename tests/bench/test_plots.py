@@ -175,3 +175,12 @@ def test_sqnr_where_nothing_has_classes(tmp_path: Path) -> None:
 def test_no_accuracy_at_all_is_said(tmp_path: Path) -> None:
     found = tradeoff(load_results(save(tmp_path / "b", [cell("as is", 1000, parity=None)])))
     assert found.points == () and found.left_out[0][1].startswith("no accuracy")
+
+
+def test_what_is_emulated_or_interpreted_says_so(tmp_path: Path) -> None:
+    parity = {"n": 8, "agreement": 0.9, "interpreted": True}
+    results = load_results(save(tmp_path / "b", [cell("int8", 1000, parity=parity, emulated=True)]))
+    texts, _ = draw("ecdf", results, tmp_path)
+    assert any(t.startswith("onnxruntime:int8 (emulated), n=") for t in texts)
+    texts, _ = draw("tradeoff", results, tmp_path)
+    assert any(t.startswith("onnxruntime:int8 (emulated) (accuracy by an interpreter)") for t in texts)
