@@ -42,10 +42,14 @@ def html_report(results: Sequence[SavedResult]) -> str:
     title = "portcall bench"
     measured = sum(r.measured for r in results)
     times = sorted(t for r in results if isinstance(t := r.get("environment", "state", "after", "time"), str))
-    when = f", measured {times[0][:16]} to {times[-1][:16]} UTC" if times else ""
+    first, last = (f"{t[:10]} {t[11:16]}" for t in (times[0], times[-1])) if times else ("", "")
+    when = f", {first} to {last} UTC" if times else ""
+    targets = ", ".join(dict.fromkeys(r.result["target"] for r in results))
     sections = [
         f"<h1>{title}</h1>",
-        _paragraph(f"{measured} of {len(results)} cells measured{when}. Written by portcall {__version__}."),
+        _paragraph(
+            f"{measured} of {len(results)} cells measured on {targets}{when}. Written by portcall {__version__}."
+        ),
         _warnings(results),
         "<h2>Latency</h2>",
         _table("Latency of one inference in ms, with 95 % intervals over processes", _LATENCY, results),
@@ -92,7 +96,7 @@ def _percentile(key: str) -> Callable[[SavedResult], str | None]:
         value, interval = _ms(result, "latency", key), result.interval(key)
         if value is None or interval is None:
             return value
-        return f"{value} [{interval[0] / 1e6:.4g}, {interval[1] / 1e6:.4g}]"
+        return f"{value}\n[{interval[0] / 1e6:.4g}, {interval[1] / 1e6:.4g}]"
 
     return cell
 
@@ -141,10 +145,11 @@ def _accuracy(result: SavedResult) -> str | None:
 
 def _n(result: SavedResult) -> str:
     processes = result.latency["processes"]
-    return f"{result.latency['n']} in {processes} process{'' if processes == 1 else 'es'}"
+    return f"{result.latency['n']} in\n{processes} process{'' if processes == 1 else 'es'}"
 
 
 _LATENCY: tuple[Column, ...] = (
+    ("n", _n),
     ("P50", _percentile("p50_ns")),
     ("P90", _percentile("p90_ns")),
     ("P95", _percentile("p95_ns")),
@@ -154,9 +159,9 @@ _LATENCY: tuple[Column, ...] = (
     ("trimmed mean", _percentile("trimmed_mean_ns")),
     ("min", lambda r: _ms(r, "latency", "min_ns")),
     ("CPU time P50", lambda r: _ms(r, "cpu", "p50_ns")),
-    ("n", _n),
 )
 _COST: tuple[Column, ...] = (
+    ("n", _n),
     ("size MB", _scaled(2, 1e-6, "size_bytes")),
     ("peak memory MB (method)", _memory),
     ("energy per inference mJ (method)", _energy),
@@ -166,7 +171,6 @@ _COST: tuple[Column, ...] = (
     ("samples per s", _scaled(1, 1.0, "throughput_per_s")),
     ("parity with the source", _parity),
     ("accuracy: source, artifact", _accuracy),
-    ("n", _n),
 )
 
 
@@ -178,7 +182,9 @@ def _table(caption: str, columns: Sequence[Column], results: Sequence[SavedResul
     for name, result in zip(names(results), results, strict=True):
         row = f'<th scope="row">{_text(name)}</th>'
         if result.measured:
-            row += "".join(f"<td>{_text(cell(result) or ABSENT)}</td>" for _, cell in used)
+            row += "".join(
+                f"<td>{_text(cell(result) or ABSENT).replace(chr(10), '<br>')}</td>" for _, cell in used
+            )
         else:
             row += f'<td class="absent" colspan="{max(1, len(used))}">{_absence(result)}</td>'
         rows.append(f"<tr>{row}</tr>")

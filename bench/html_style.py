@@ -11,7 +11,7 @@ h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 caption { text-align: left; padding: .3rem 0; }
 th, td { border-bottom: 1px solid var(--line); padding: .25rem .7rem .25rem 0; text-align: left; vertical-align: top; }
-th[scope=row] { font-weight: 600; overflow-wrap: anywhere; }
+th[scope=row] { font-weight: 600; overflow-wrap: anywhere; min-width: 11rem; }
 td { overflow-wrap: anywhere; }
 td table, details table { font-size: .9rem; }
 .wide { overflow-x: auto; } .wide td { white-space: nowrap; } .wide td.absent { white-space: normal; }

@@ -137,20 +137,30 @@ def names(results: Sequence[SavedResult]) -> list[str]:
 
     ``onnxruntime:int8``, a bare file's name, or either with what differs from the default: ``@target``,
     ``/batch:8``, ``/threads:4`` (as google-benchmark writes them), ``(emulated)``. Names that are alike get the
-    artifact's path.
+    artifact's path in front, or the bench's where the artifacts are the same.
     """
     short = [_name(r.result) for r in results]
-    alike = Counter(short)
-    longer = [
-        f"{r.result['artifact']} {name}" if alike[name] > 1 else name
-        for r, name in zip(results, short, strict=True)
-    ]
+    alike: dict[str, list[SavedResult]] = {}
+    for name, result in zip(short, results, strict=True):
+        alike.setdefault(name, []).append(result)
+    longer = [_in_front(r, alike[name]) + name for r, name in zip(results, short, strict=True)]
     seen: Counter[str] = Counter()
     unique = []
     for name in longer:
         seen[name] += 1
         unique.append(name if seen[name] == 1 else f"{name} #{seen[name]}")
     return unique
+
+
+def _in_front(result: SavedResult, alike: Sequence[SavedResult]) -> str:
+    """Return what goes before a name that several results have: the bench's path if they are of several benches of
+    the same artifacts, else the artifact's."""
+    if len(alike) == 1:
+        return ""
+    artifacts, benches = {r.result["artifact"] for r in alike}, {r.origin for r in alike}
+    if len(artifacts) < len(alike) == len(benches):
+        return f"{result.origin.parent if result.origin.name == FILE else result.origin} "
+    return f"{result.result['artifact']} "
 
 
 def visible(text: str) -> str:

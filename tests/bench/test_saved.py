@@ -164,3 +164,9 @@ def test_names_tell_results_apart(tmp_path: Path) -> None:
         "other/onnxruntime-int8 onnxruntime:int8",
         "other/onnxruntime-int8 onnxruntime:int8 #2",
     ]
+
+
+def test_names_tell_benches_of_the_same_artifact_apart(tmp_path: Path) -> None:
+    wall = samples(1)
+    folders = [save(tmp_path / day, [(measured(wall), wall)]) for day in ("monday", "tuesday")]
+    assert names(load_all(folders)) == [f"{folder} onnxruntime:int8" for folder in folders]
