@@ -17,9 +17,9 @@ from portcall.bench.formats_google import google_benchmark
 from portcall.bench.formats_optimum import CONFIG, REPORT, optimum_config, optimum_report
 from portcall.bench.formats_samples import write_csv, write_parquet
 from portcall.bench.formats_tracking import bencher_metrics, github_action
-from portcall.bench.html import write_html
 from portcall.bench.plots import write_ecdf, write_series, write_tradeoff
 from portcall.bench.plotting import IMAGES
+from portcall.bench.report_html import write_html
 from portcall.bench.saved import SCHEMA, SavedResult, names
 from portcall.core import BadInput, CellFailed, UnavailableError
 

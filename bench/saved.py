@@ -33,6 +33,7 @@ LABELS = ("emulated", "simulated", "interpreted", "estimated")
 _AGAIN = "Run portcall bench again, with -o"
 _TEXTS = ("artifact", "backend", "precision", "target", "outcome")
 _OBJECTS = ("latency", "cpu", "device", "memory", "environment", "parity", "eval", "workload")
+_LISTS = ("warnings", "per_process")
 _COUNTS = ("n", "processes")
 _CLOCKS = ("wall_ns", "cpu_ns", "device_ns")
 
@@ -86,7 +87,7 @@ class SavedResult:
     def interval(self, key: str) -> tuple[float, float] | None:
         """Return the 95 % interval of a latency figure such as "p50_ns", or None where it has none."""
         ends = self.get("latency", "ci", key)
-        if not isinstance(ends, Sequence) or len(ends) != 2:
+        if not isinstance(ends, list) or len(ends) != 2 or not all(isinstance(e, int | float) for e in ends):
             return None
         return float(ends[0]), float(ends[1])
 
@@ -229,6 +230,12 @@ def _entry(entry: Any, number: int, file: Path) -> SavedResult:
     for key in _OBJECTS:
         if not isinstance(entry.get(key), dict | None):
             raise malformed(f"{key!r} is no object")
+    for key in _LISTS:
+        if not isinstance(entry.get(key), list | None):
+            raise malformed(f"{key!r} is no list")
+    for key, part in (entry.get("environment") or {}).items():
+        if key in ("machine", "stack", "state") and not isinstance(part, dict | None):
+            raise malformed(f"{key!r} of its environment is no object")
     latency = entry.get("latency")
     if latency is not None:
         for key in _COUNTS:

@@ -320,11 +320,11 @@ def test_what_cannot_be_written_is_refused_first(
 def test_a_missing_package_is_named_with_the_extra(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    with pytest.raises(UnavailableError) as caught:
-        check_write(name, tmp_path / "x.svg")
     needs = FORMATS[name].needs
     assert needs is not None
+    monkeypatch.setitem(sys.modules, needs[0], None)  # as if it were not installed
+    with pytest.raises(UnavailableError) as caught:
+        check_write(name, tmp_path / "x.svg")
     assert needs[0] in caught.value.message and f"portcall[{needs[1]}]" in caught.value.fix
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import sys
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from portcall.bench.html import html_report, write_html
+from portcall.bench.report_html import html_report, write_html
 from portcall.bench.saved import SavedResult, load_results
 from tests.saved_benches import measured, samples, save, unavailable
 
@@ -151,7 +152,7 @@ def test_it_can_be_read_without_seeing_it(page: Page) -> None:
 def test_without_matplotlib_the_tables_stay(
     results: list[SavedResult], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
     page = Page(html_report(results))
     assert not page.all("img")
     assert "pip install 'portcall[plot]'" in page.text and "1200 in 3 processes" in page.text

@@ -118,6 +118,8 @@ SPOILT = [
     pytest.param(_text('{"schema": 1, "results": [3]}'), "result 0: it is no object", id="no object"),
     pytest.param(_entry(backend=3), "'backend' is missing or no text", id="backend"),
     pytest.param(_entry(memory=[1]), "'memory' is no object", id="memory"),
+    pytest.param(_entry(warnings="many"), "'warnings' is no list", id="warnings"),
+    pytest.param(_entry(environment={"machine": "fast"}), "'machine' of its environment", id="machine"),
     pytest.param(_entry(latency={"processes": 1}), "no whole number 'n'", id="no n"),
     pytest.param(_entry(outcome="great"), "unknown outcome 'great'", id="outcome"),
     pytest.param(_entry(raw="raw/../../secret.npz"), "outside its folder", id="path upwards"),

@@ -15,8 +15,8 @@ from typing import Any
 
 from portcall import __version__
 from portcall.bench import plots
-from portcall.bench.html_style import METHODS, STYLE
 from portcall.bench.report import ABSENT, accuracy_text
+from portcall.bench.report_html_style import METHODS, STYLE
 from portcall.bench.saved import SavedResult, names, visible
 from portcall.targets.agent.fingerprint import identity
 
@@ -137,8 +137,9 @@ def _placement(result: SavedResult) -> str | None:
 
 
 def _accuracy(result: SavedResult) -> str | None:
-    found = result.get("eval")
-    if found is None or result.number("eval", "value") is None or result.number("eval", "reference") is None:
+    found = result.get("eval") or {}
+    known = ("metric", "value", "reference", "difference")
+    if any(found.get(key) is None for key in known):
         return None
     return f"{accuracy_text(found)} (n={found.get('n')})"
 
