@@ -48,8 +48,11 @@ def result_of(subject: Subject, target: str, workload: Workload) -> dict[str, An
         if manifest is None
         else artifacts.model_bytes(manifest),
         "parity": None if manifest is None else manifest["parity"],
+        "eval": None if manifest is None else manifest.get("eval"),
         "workload": workload.to_json(),
+        "mode": {"name": "latency"},
         "warnings": subject.warnings,
+        "raw": None,
         **subject.extra,
     }
     if subject.error is not None:

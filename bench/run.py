@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from portcall import artifact as artifacts
 from portcall.bench.result import result_of
 from portcall.bench.rounds import attempt, time_rounds
+from portcall.bench.saving import check_output, save
 from portcall.bench.subject import Subject, find_inputs, open_subjects
-from portcall.core import BadInput, CellFailed, PortcallError, Workload
+from portcall.core import CellFailed, PortcallError, Workload
 from portcall.exporters import get_backend
 from portcall.targets import Driver, get_target
 from portcall.targets.agent import settings
@@ -101,9 +99,7 @@ def run_bench(
     settings.check(workload)
     driver = get_target(target).driver(work)
     if output is not None:
-        artifacts.check_output_folder(output)
-        if (output / "raw").exists() and not (output / "bench.json").exists():  # it would be replaced
-            raise BadInput(f"-o {output} has other content: raw", "Name a folder that is new or empty")
+        check_output(output)
     subjects = open_subjects(specs)
     for subject in subjects:
         attempt(subject, partial(find_inputs, work, driver, subject, data, workload))
@@ -118,10 +114,17 @@ def run_bench(
     results = [result_of(subject, target, workload) for subject in subjects]
     if output is not None:
         try:
-            _save(output, subjects, results)
+            results = save(output, [(s.label, _arrays(s)) for s in subjects], results)
         except PortcallError as error:
             return results, error
     return results, None
+
+
+def _arrays(subject: Subject) -> dict[str, Any]:
+    """Return the raw samples of every process in order, by name."""
+    arrays: dict[str, Any] = {f"wall_ns_{i}": a for i, a in enumerate(subject.wall)}
+    arrays |= {f"cpu_ns_{i}": a for i, a in enumerate(subject.cpu)}
+    return arrays | {f"device_ns_{i}": a for i, a in enumerate(subject.device) if a.size}
 
 
 def artifacts_size(subject: Subject) -> int:
@@ -129,31 +132,3 @@ def artifacts_size(subject: Subject) -> int:
     if subject.manifest is not None:
         return artifacts.model_bytes(subject.manifest)
     return subject.artifact.path.stat().st_size
-
-
-def _save(output: Path, subjects: Sequence[Subject], results: Sequence[Mapping[str, Any]]) -> None:
-    """Write ``bench.json`` and, per subject, the raw samples of every process in order.
-
-    Those of an earlier bench stay until the new ones are complete.
-    """
-    raw, part = output / "raw", output / ".raw.part"
-    try:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        for number, subject in enumerate(subjects):
-            arrays: dict[str, Any] = {f"wall_ns_{i}": a for i, a in enumerate(subject.wall)}
-            arrays |= {f"cpu_ns_{i}": a for i, a in enumerate(subject.cpu)}
-            arrays |= {f"device_ns_{i}": a for i, a in enumerate(subject.device) if a.size}
-            np.savez_compressed(part / f"{number:03d}-{subject.label.replace(':', '-')}.npz", **arrays)
-        raw.mkdir(exist_ok=True)
-        for old in raw.glob("[0-9][0-9][0-9]-*.npz"):  # of an earlier bench; anything else is the user's
-            old.unlink()
-        for new in part.iterdir():
-            new.replace(raw / new.name)
-        artifacts.write_json(output / "bench.json", {"schema": 1, "results": list(results)})
-    except OSError as error:
-        raise CellFailed(
-            f"cannot write {output}: {error.strerror}", "Free space there or choose another -o"
-        ) from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ import numpy as np
 
 from portcall import artifact as artifacts
 from portcall.accuracy import Accuracy
+from portcall.bench.formats import check_write, write_results
 from portcall.bench.run import run_bench
+from portcall.bench.saved import load_all
 from portcall.calibrating import (
     MEMORY_BYTES,
     CalibrationOptions,
@@ -25,7 +28,7 @@ from portcall.calibrating import (
     run_show,
 )
 from portcall.calibration.histogram import is_compiled
-from portcall.core import Artifact, BadInput, Workload, parse_cells
+from portcall.core import Artifact, BadInput, PortcallError, Workload, parse_cells
 from portcall.exporters import backend_names, get_backend
 from portcall.inspection import run_inspect
 from portcall.ladder import run_debug, write_parity
@@ -169,29 +172,56 @@ def benchmark(
     data: str | Path | None = None,
     preprocess: str | None = None,
     output: str | Path | None = None,
+    write: Sequence[tuple[str, str | Path]] = (),
     timeout_s: float = TIMEOUT_S,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
     """Measure latency and memory of artifacts or bare files; what ``portcall bench --json`` prints.
 
-    output: a folder for ``bench.json`` and the raw samples; where it cannot be written, "error" stands beside the
-    results.
+    output: a folder for ``bench.json`` and the raw samples. write: (format, file) pairs, as ``report`` writes them;
+    "written" then lists them. Where something cannot be written, "error" stands beside the results.
     """
+    for name, path in write:
+        check_write(name, Path(path))
     single = isinstance(artifacts_or_files, str | Path)
     specs = [artifacts_or_files] if single else list(artifacts_or_files)  # type: ignore[arg-type]  # narrowed by single
-    with open_workspace(reporter or Reporter(False), timeout_s) as work:
-        results, unsaved = run_bench(
-            work,
-            [str(s) for s in specs],
-            target,
-            workload or Workload(),
-            _data(data, preprocess),
-            None if output is None else Path(output),
-        )
+    written: list[dict[str, Any]] = []
+    with contextlib.ExitStack() as stack:
+        folder = None if output is None else Path(output)
+        if folder is None and write:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="portcall-"))) / "bench"
+        with open_workspace(reporter or Reporter(False), timeout_s) as work:
+            results, unsaved = run_bench(
+                work, [str(s) for s in specs], target, workload or Workload(), _data(data, preprocess), folder
+            )
+        if folder is not None and unsaved is None:
+            try:
+                for name, path in write:
+                    written.append(write_results(load_all([folder]), name, Path(path)))
+            except PortcallError as error:
+                unsaved = error
+    if output is None:
+        results = [{**r, "raw": None} for r in results]  # they were kept for --write alone
     answer: dict[str, Any] = {"schema": SCHEMA, "results": results}
+    if write:
+        answer["written"] = written
     if unsaved is not None:
         answer["error"] = {"kind": unsaved.kind, "message": unsaved.message, "fix": unsaved.fix or None}
     return answer
+
+
+def report(
+    results: str | Path | Sequence[str | Path], output: str | Path, *, to: str = "html"
+) -> dict[str, Any]:
+    """Write what ``bench -o`` saved as a report, a plot, raw samples, or in another tool's format.
+
+    results: folders of ``bench -o``, or files that hold what ``bench --json`` printed. to: a name in
+    ``portcall.bench.formats.FORMATS``. Returns {"schema", "written": [{"format", "path", "results", "left_out"}]}.
+    Raises BadInput for unusable results, an unknown format or path; UnavailableError where a package is missing.
+    """
+    check_write(to, Path(output))
+    given = [results] if isinstance(results, str | Path) else list(results)
+    return {"schema": SCHEMA, "written": [write_results(load_all(given), to, Path(output))]}
 
 
 def calibrate(

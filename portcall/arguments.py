@@ -14,6 +14,11 @@ METHOD_HELP = (
     "minmax (default), percentile[:99.99], entropy, mse, or auto: chosen per tensor on held-back samples"
 )
 DATA_HELP = "x.npz keyed by input name, a folder of .npy or of images (--preprocess), package.module:callable"
+FORMATS = (
+    "html", "json", "google-benchmark", "optimum-benchmark", "bencher", "github-action-benchmark", "csv", "parquet",
+    "plot-ecdf", "plot-series", "plot-tradeoff",
+)  # fmt: skip
+"""Names of ``portcall.bench.formats.FORMATS``, which this module may not import: help must load no numpy."""
 
 
 class Usage(Exception):
@@ -53,6 +58,7 @@ exit codes: 0 all done; 1 an artifact failed verification; 2 bad input, nothing 
     _inspect(commands)
     _debug(commands)
     _bench(commands)
+    _report(commands)
     completion = _command(
         commands,
         "completion",
@@ -372,9 +378,47 @@ def _bench(commands: Any) -> None:
     add_runner_options(parser)
     parser.add_argument("-o", "--output", metavar="DIR", help="folder for bench.json and the raw samples")
     parser.add_argument(
+        "--write",
+        type=_write,
+        action="append",
+        default=[],
+        metavar="FORMAT=FILE",
+        help="also write the results as portcall report does, e.g. html=bench.html (repeatable)",
+    )
+    parser.add_argument(
         "--allow-unavailable", action="store_true", help="exit 0 although a backend is not installed here"
     )
     _model_options(parser)
+
+
+def _report(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "report",
+        "write what bench -o saved as HTML, plots, raw samples or another tool's format",
+        "portcall report bench --to google-benchmark -o bench/google.json",
+    )
+    parser.add_argument(
+        "results",
+        nargs="+",
+        metavar="DIR|FILE",
+        help="folders that portcall bench -o wrote, or files of what portcall bench --json printed",
+    )
+    parser.add_argument("--to", default="html", metavar="FORMAT", help=f"{', '.join(FORMATS)} (default html)")
+    parser.add_argument(
+        "-o",
+        "--output",
+        required=True,
+        metavar="FILE",
+        help="what to write: a plot ends in .svg or .png; optimum-benchmark writes a new folder",
+    )
+
+
+def _write(text: str) -> tuple[str, str]:
+    name, equals, path = text.partition("=")
+    if not equals or not name or not path:
+        raise argparse.ArgumentTypeError(f"{text!r} is not FORMAT=FILE, such as html=bench.html")
+    return name, path
 
 
 def _seconds(text: str) -> float:

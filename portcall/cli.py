@@ -187,14 +187,39 @@ def _run_bench(options: argparse.Namespace) -> tuple[dict[str, Any], str, int]:
         data=options.data,
         preprocess=options.preprocess,
         output=options.output,
+        write=options.write,
         timeout_s=options.timeout,
         reporter=Reporter(True),
     )
     code = _code(answer["results"], options.allow_unavailable)
+    text = bench_table(answer["results"])
+    if answer.get("written"):
+        text += "\n\n" + _written(answer["written"])
     if "error" in answer:
         code = CELL_FAILED
         print(f"portcall: {answer['error']['message']}\n  {answer['error']['fix']}", file=sys.stderr)
-    return answer, bench_table(answer["results"]), code
+    return answer, text, code
+
+
+def _run_report(options: argparse.Namespace) -> tuple[dict[str, Any], str, int]:
+    from portcall import api
+
+    for number in SIGNALS:  # there is no worker to end, but a half-written file to remove
+        signal.signal(number, _raise_interrupt)
+    answer = api.report(options.results, options.output, to=options.to)
+    return answer, _written(answer["written"]), OK
+
+
+def _written(files: Sequence[dict[str, Any]]) -> str:
+    """Return one line per file, and one per cell that its format has no place for."""
+    lines = []
+    for file in files:
+        lines.append(f"wrote {file['path']} ({file['format']}, {file['results']} results)")
+        lines += [
+            f"  not in it: {cell['artifact']}, {cell['outcome']}: {cell['reason']}"
+            for cell in file["left_out"]
+        ]
+    return "\n".join(lines)
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], tuple[dict[str, Any], str, int]]] = {
@@ -207,6 +232,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], tuple[dict[str, Any], str, in
     "inspect": _run_inspect,
     "debug": _run_debug,
     "bench": _run_bench,
+    "report": _run_report,
 }
 """Per command: a function to (what --json prints, the table, the exit code)."""
 
@@ -218,7 +244,10 @@ def _code(results: Sequence[dict[str, Any]], allow_unavailable: bool) -> int:
     good = {"artifact", "measurement"} | ({"unavailable"} if allow_unavailable else set())
     if not all(r["outcome"] in good for r in results):
         return CELL_FAILED
-    undecided = any((r.get("eval") or {}).get("verdict") == "inconclusive" for r in results)
+    # A measurement carries its artifact's accuracy along; that was judged by the export.
+    undecided = any(
+        r["outcome"] == "artifact" and (r.get("eval") or {}).get("verdict") == "inconclusive" for r in results
+    )
     return INCONCLUSIVE if undecided else OK
 
 
@@ -259,6 +288,10 @@ def _interrupt(as_json: bool, signum: int, frame: object) -> None:
     assert worker is not None
     if not worker.interrupt_all():
         raise KeyboardInterrupt
+
+
+def _raise_interrupt(signum: int, frame: object) -> None:
+    raise KeyboardInterrupt
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
