@@ -73,9 +73,7 @@ def run_bench(
     """
     driver = get_target(target).driver(work)
     if output is not None:
-        artifacts.check_output_folder(output)
-        if (output / "raw").exists() and not (output / "bench.json").exists():  # it would be replaced
-            raise BadInput(f"-o {output} has other content: raw", "Name a folder that is new or empty")
+        check_output(output)
     subjects = [_open(path) for spec in specs for path in _artifacts_in(Path(spec))]
     for number, subject in enumerate(subjects):
         _attempt(subject, partial(_find_inputs, work, driver, subject, data, workload, number))
@@ -88,10 +86,17 @@ def run_bench(
     results = [_result(subject, target, workload) for subject in subjects]
     if output is not None:
         try:
-            _save(output, subjects, results)
+            save(output, [(s.label, _arrays(s)) for s in subjects], results)
         except PortcallError as error:
             return results, error
     return results, None
+
+
+def check_output(output: Path) -> None:
+    """Raise BadInput where *output* holds what is not an earlier bench's."""
+    artifacts.check_output_folder(output)
+    if (output / "raw").exists() and not (output / "bench.json").exists():  # it would be replaced
+        raise BadInput(f"-o {output} has other content: raw", "Name a folder that is new or empty")
 
 
 def _attempt(subject: _Subject, action: Callable[[], None]) -> None:
@@ -277,6 +282,7 @@ def _result(subject: _Subject, target: str, workload: Workload) -> dict[str, Any
         else artifacts.model_bytes(manifest),
         "parity": None if manifest is None else manifest["parity"],
         "workload": workload.to_json(),
+        "mode": {"name": "latency"},
         "warnings": subject.warnings,
     }
     if subject.error is not None:
@@ -300,8 +306,17 @@ def _result(subject: _Subject, target: str, workload: Workload) -> dict[str, Any
     return result
 
 
-def _save(output: Path, subjects: Sequence[_Subject], results: Sequence[Mapping[str, Any]]) -> None:
-    """Write ``bench.json`` and, per subject, the raw samples of every process in order.
+def _arrays(subject: _Subject) -> dict[str, Any]:
+    """Return the raw samples of every process in order, by name."""
+    arrays: dict[str, Any] = {f"wall_ns_{i}": a for i, a in enumerate(subject.wall)}
+    arrays |= {f"cpu_ns_{i}": a for i, a in enumerate(subject.cpu)}
+    return arrays | {f"device_ns_{i}": a for i, a in enumerate(subject.device) if a.size}
+
+
+def save(
+    output: Path, raw_arrays: Sequence[tuple[str, Mapping[str, Any]]], results: Sequence[Mapping[str, Any]]
+) -> None:
+    """Write ``bench.json`` and, per subject (its label), its raw arrays.
 
     Those of an earlier bench stay until the new ones are complete.
     """
@@ -309,11 +324,8 @@ def _save(output: Path, subjects: Sequence[_Subject], results: Sequence[Mapping[
     try:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        for number, subject in enumerate(subjects):
-            arrays: dict[str, Any] = {f"wall_ns_{i}": a for i, a in enumerate(subject.wall)}
-            arrays |= {f"cpu_ns_{i}": a for i, a in enumerate(subject.cpu)}
-            arrays |= {f"device_ns_{i}": a for i, a in enumerate(subject.device) if a.size}
-            np.savez_compressed(part / f"{number:03d}-{subject.label.replace(':', '-')}.npz", **arrays)
+        for number, (label, arrays) in enumerate(raw_arrays):
+            np.savez_compressed(part / f"{number:03d}-{label.replace(':', '-')}.npz", **arrays)
         raw.mkdir(exist_ok=True)
         for old in raw.glob("[0-9][0-9][0-9]-*.npz"):  # of an earlier bench; anything else is the user's
             old.unlink()

@@ -14,6 +14,8 @@ import numpy as np
 
 from portcall import artifact as artifacts
 from portcall.accuracy import Accuracy
+from portcall.bench.modes import Mode, get_mode
+from portcall.bench.modes_run import run_mode
 from portcall.bench.run import run_bench
 from portcall.calibrating import (
     MEMORY_BYTES,
@@ -166,6 +168,7 @@ def benchmark(
     *,
     target: str = "local",
     workload: Workload | None = None,
+    mode: str | Mode = "latency",
     data: str | Path | None = None,
     preprocess: str | None = None,
     output: str | Path | None = None,
@@ -174,20 +177,22 @@ def benchmark(
 ) -> dict[str, Any]:
     """Measure latency and memory of artifacts or bare files; what ``portcall bench --json`` prints.
 
+    mode: "latency", "throughput", "cold", "sustained", or one of ``portcall.bench.modes`` with its settings, such as
+    ``Arrival(rate_per_s=100)``; its figures stand in the result's object of its name.
     output: a folder for ``bench.json`` and the raw samples; where it cannot be written, "error" stands beside the
     results.
     """
     single = isinstance(artifacts_or_files, str | Path)
     specs = [artifacts_or_files] if single else list(artifacts_or_files)  # type: ignore[arg-type]  # narrowed by single
+    chosen = get_mode(mode)
     with open_workspace(reporter or Reporter(False), timeout_s) as work:
-        results, unsaved = run_bench(
-            work,
-            [str(s) for s in specs],
-            target,
-            workload or Workload(),
-            _data(data, preprocess),
-            None if output is None else Path(output),
-        )
+        paths, folder = [str(s) for s in specs], None if output is None else Path(output)
+        given = _data(data, preprocess)
+        if chosen is None:
+            results, unsaved = run_bench(work, paths, target, workload or Workload(), given, folder)
+        else:
+            planned = workload or Workload(processes=chosen.processes)
+            results, unsaved = run_mode(work, paths, target, planned, chosen, given, folder)
     answer: dict[str, Any] = {"schema": SCHEMA, "results": results}
     if unsaved is not None:
         answer["error"] = {"kind": unsaved.kind, "message": unsaved.message, "fix": unsaved.fix or None}
