@@ -12,7 +12,7 @@ from portcall.targets.agent.loaded import loaded
 from portcall.targets.agent.measure import _collector_off, _touched
 
 _FEWEST = 5
-_LEAST_CAPACITY, _MOST_CAPACITY = 1 << 14, 1 << 20
+_LEAST_CAPACITY, _MOST_CAPACITY = 1 << 16, 1 << 20
 _NEVER = 1 << 63
 
 Stream = Tuple[np.ndarray, np.ndarray]
