@@ -13,15 +13,19 @@ from typing import Any
 
 import pytest
 
-import portcall.api
 from tests.conftest import Portcall
 from tests.processes import left_running, running
 
+NULL = {"inputs": [{"name": "x", "shape": [1, 4], "dtype": "float32"}], "copies": {"y": "x"}}
+
 
 @pytest.fixture
-def artifact(identity_onnx: Path, tmp_path: Path) -> Path:
-    portcall.api.export(identity_onnx, "null:fp32", tmp_path / "with space")
-    return tmp_path / "with space"
+def artifact(tmp_path: Path) -> Path:
+    """A bare file of the null backend."""
+    path = tmp_path / "with space" / "model.null"
+    path.parent.mkdir()
+    path.write_text(json.dumps(NULL))
+    return path
 
 
 @pytest.mark.parametrize(
@@ -75,7 +79,7 @@ def test_json_and_table(portcall: Portcall, artifact: Path, mode: str) -> None:
 
 
 def test_a_failed_cell_is_a_line_and_exit_code_4(portcall: Portcall, artifact: Path) -> None:
-    next((artifact / "null-fp32").glob("*.null")).write_text("{}")
+    artifact.write_text("{}")
     done = portcall("bench", artifact, "--mode", "cold", "--processes", "1")
     assert done.returncode == 4
     assert "failed: " in done.stdout

@@ -7,7 +7,7 @@ from typing import Any, Callable, Dict, Mapping, Optional, Tuple
 
 import numpy as np
 
-from portcall.targets.agent.loaded import loaded
+from portcall.targets.agent.loaded import check_clock, loaded
 from portcall.targets.agent.measure import _collector_off, _touched
 
 _SPIN_NS = 1_000_000
@@ -31,6 +31,7 @@ def measure(arguments: Mapping[str, Any], progress: Callable[[int, Optional[int]
         if found.deadline_ns is not None:
             stop_ns = max(0, min(stop_ns, found.deadline_ns - time.perf_counter_ns()))
         begin, end = serve(infer, due, stop_ns)
+        check_clock(begin, end)
         answer = found.answer()
     # Where the budget ends first, what had not arrived by then is nobody's request.
     due = due[: max(begin.size, int(np.searchsorted(due, stop_ns)))]

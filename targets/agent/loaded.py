@@ -6,8 +6,11 @@ import contextlib
 import time
 from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence
 
+import numpy as np
+
 from portcall.targets.agent import fingerprint
 from portcall.targets.agent.contract import Artifact, Backend, Session, Workload
+from portcall.targets.agent.errors import CellFailed
 from portcall.targets.agent.jobs import _batch, _check, _inputs, _Names, ready
 
 
@@ -37,6 +40,12 @@ class Loaded:
                 "state": {"before": self._before, "after": fingerprint.state()},
             },
         }
+
+
+def check_clock(begin_ns: np.ndarray, end_ns: np.ndarray) -> None:
+    """Raise CellFailed if the wall clock went backwards within a call or from one call to the next."""
+    if (end_ns < begin_ns).any() or (begin_ns[1:] < end_ns[:-1]).any():
+        raise CellFailed("the wall clock went backwards", "Check the machine's clock source")
 
 
 @contextlib.contextmanager

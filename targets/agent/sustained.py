@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from time import perf_counter_ns, process_time_ns
 from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
 
 import numpy as np
 
 from portcall.targets.agent import fingerprint
-from portcall.targets.agent.loaded import loaded
+from portcall.targets.agent.loaded import check_clock, loaded
 from portcall.targets.agent.measure import _collector_off, _touched
 
-_LEAST_CAPACITY, _MOST_CAPACITY = 1 << 16, 1 << 22
+_LEAST_CAPACITY, _MOST_CAPACITY = 1 << 18, 1 << 22
+_FEWEST_WARMUP = 3
 _STATE = ("cpu_mhz", "cpu_mhz_method", "temperatures_c", "load_average")
+
+
+@dataclass(frozen=True)
+class Series:
+    """Begin, wall and CPU time of every inference in order, int64 ns.
+
+    full: the arrays were, before the time was over.
+    """
+
+    begin_ns: np.ndarray
+    wall_ns: np.ndarray
+    cpu_ns: np.ndarray
+    full: bool
+
 
 Progress = Callable[[int, Optional[int]], None]
 
@@ -35,7 +51,7 @@ def measure(arguments: Mapping[str, Any], progress: Progress) -> Dict[str, Any]:
         progress(min(len(observed) - 1, windows), windows)
 
     with loaded(arguments) as found:
-        begin, wall, cpu = run_series(
+        series = run_series(
             found.sessions[0].infer,
             found.workload.warmup_s,
             duration_s,
@@ -43,9 +59,10 @@ def measure(arguments: Mapping[str, Any], progress: Progress) -> Dict[str, Any]:
             observe,
             deadline_ns=found.deadline_ns,
         )
+        check_clock(series.begin_ns, series.begin_ns + series.wall_ns)
         answer = found.answer()
-    np.savez(arguments["samples"], begin_ns=begin, wall_ns=wall, cpu_ns=cpu)
-    return {**answer, "n": int(wall.size), "observed": observed, "full": wall.size == _MOST_CAPACITY}
+    np.savez(arguments["samples"], begin_ns=series.begin_ns, wall_ns=series.wall_ns, cpu_ns=series.cpu_ns)
+    return {**answer, "n": int(series.wall_ns.size), "observed": observed, "full": series.full}
 
 
 def run_series(
@@ -56,8 +73,8 @@ def run_series(
     observe: Callable[[int], None],
     *,
     deadline_ns: Optional[int] = None,
-) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Infer without a pause for *duration_s*; return begin, wall and CPU time of every inference, int64 ns.
+) -> Series:
+    """Infer without a pause for *duration_s*, after a warm-up of at least 3 inferences.
 
     *observe* gets the ns since the start, before the series and then at the end of every window; nothing is timed
     meanwhile. The series ends early at *deadline_ns* (after at least one inference) or after 2^22 inferences: the
@@ -66,24 +83,26 @@ def run_series(
     deadline = 1 << 63 if deadline_ns is None else deadline_ns
     with _collector_off():
         start = now = perf_counter_ns()
-        stop, fastest = min(start + int(warmup_s * 1e9), deadline), 1 << 63
+        stop, fastest, calls = min(start + int(warmup_s * 1e9), deadline), 1 << 63, 0
         while True:
             infer()
             before, now = now, perf_counter_ns()
             fastest = min(fastest, max(1, now - before))
-            if now >= stop:
+            calls += 1
+            if now >= stop and (calls >= _FEWEST_WARMUP or now >= deadline):
                 break
         capacity = min(_MOST_CAPACITY, max(_LEAST_CAPACITY, 2 * int(duration_s * 1e9) // fastest + 1))
         arrays = _touched(capacity), _touched(capacity), _touched(capacity)
         observe(0)
-        count = _timed(
+        count, elapsed_ns = _timed(
             infer,
             arrays,
             min(int(duration_s * 1e9), deadline - perf_counter_ns()),
             int(window_s * 1e9),
             observe,
         )
-    return arrays[0][:count], arrays[1][:count], arrays[2][:count]
+    begin, wall, cpu = (array[:count] for array in arrays)
+    return Series(begin, wall, cpu, count == capacity and elapsed_ns < int(duration_s * 1e9))
 
 
 def _timed(
@@ -92,8 +111,8 @@ def _timed(
     duration_ns: int,
     window_ns: int,
     observe: Callable[[int], None],
-) -> int:
-    """Fill the arrays; return how many samples they hold."""
+) -> Tuple[int, int]:
+    """Fill the arrays; return how many samples they hold and the ns that it took."""
     begins, walls, cpus = (array.data for array in arrays)
     wall_clock, cpu_clock = perf_counter_ns, process_time_ns
     capacity, count, window = len(begins), 0, window_ns
@@ -112,5 +131,5 @@ def _timed(
         if elapsed >= window or elapsed >= duration_ns or count == capacity:
             observe(elapsed)
             if elapsed >= duration_ns or count == capacity:
-                return count
+                return count, elapsed
             window += window_ns * (1 + (elapsed - window) // window_ns)  # one slow inference may span windows

@@ -8,7 +8,7 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 
-from portcall.targets.agent.loaded import loaded
+from portcall.targets.agent.loaded import check_clock, loaded
 from portcall.targets.agent.measure import _collector_off, _touched
 
 _FEWEST = 5
@@ -33,6 +33,7 @@ def measure(arguments: Mapping[str, Any], progress: Callable[[int, Optional[int]
     origin = min(int(begin[0]) for begin, _ in streams)
     arrays: Dict[str, Any] = {}
     for number, (begin, end) in enumerate(streams):
+        check_clock(begin, end)
         arrays[f"begin_ns_{number}"], arrays[f"end_ns_{number}"] = begin - origin, end - origin
     np.savez(arguments["samples"], **arrays)
     return {**answer, "n": sum(begin.size for begin, _ in streams)}

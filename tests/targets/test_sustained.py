@@ -5,7 +5,9 @@ from __future__ import annotations
 import time
 
 import numpy as np
+import pytest
 
+from portcall.targets.agent import sustained
 from portcall.targets.agent.sustained import run_series
 
 
@@ -20,7 +22,9 @@ def test_windows_are_observed_and_nothing_is_timed_meanwhile() -> None:
         observed.append(elapsed_ns)
         time.sleep(0.03)
 
-    begin, wall, cpu = run_series(_short, 0.0, 0.6, 0.1, observe)
+    series = run_series(_short, 0.0, 0.6, 0.1, observe)
+    begin, wall, cpu = series.begin_ns, series.wall_ns, series.cpu_ns
+    assert not series.full
     assert observed[0] == 0
     assert 3 <= len(observed) <= 7
     assert observed[-1] >= 0.6e9
@@ -34,14 +38,14 @@ def test_windows_are_observed_and_nothing_is_timed_meanwhile() -> None:
 
 def test_one_inference_longer_than_a_window_is_observed_once() -> None:
     observed: list[int] = []
-    begin, _, _ = run_series(lambda: time.sleep(0.05), 0.0, 0.12, 0.01, observed.append)
-    assert len(observed) == begin.size + 1
+    series = run_series(lambda: time.sleep(0.05), 0.0, 0.12, 0.01, observed.append)
+    assert len(observed) == series.begin_ns.size + 1
 
 
 def test_a_past_deadline_gives_one_inference() -> None:
     observed: list[int] = []
-    begin, _, _ = run_series(_short, 5.0, 60.0, 1.0, observed.append, deadline_ns=0)
-    assert begin.size == 1
+    series = run_series(_short, 5.0, 60.0, 1.0, observed.append, deadline_ns=0)
+    assert series.begin_ns.size == 1
     assert len(observed) == 2
 
 
@@ -52,5 +56,12 @@ def test_the_warm_up_is_not_in_the_series() -> None:
         calls[0] += 1
         time.sleep(0.001)
 
-    begin, _, _ = run_series(count, 0.1, 0.02, 0.01, lambda _: None)
-    assert calls[0] > begin.size + 5
+    series = run_series(count, 0.1, 0.02, 0.01, lambda _: None)
+    assert calls[0] > series.begin_ns.size + 5
+
+
+def test_full_arrays_end_the_series_and_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sustained, "_LEAST_CAPACITY", 10)
+    monkeypatch.setattr(sustained, "_MOST_CAPACITY", 10)
+    series = run_series(_short, 0.0, 60.0, 1.0, lambda _: None)
+    assert series.full and series.wall_ns.size == 10

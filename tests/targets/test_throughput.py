@@ -8,6 +8,8 @@ import time
 import numpy as np
 import pytest
 
+from portcall.targets.agent.errors import CellFailed
+from portcall.targets.agent.loaded import check_clock
 from portcall.targets.agent.throughput import run_streams
 
 
@@ -76,3 +78,11 @@ def test_an_error_inside_the_timed_loop_is_raised() -> None:
 
     with pytest.raises(RuntimeError, match="lost the device"):
         run_streams([later], 0.0, 0.0)
+
+
+def test_a_clock_that_goes_backwards_is_refused() -> None:
+    check_clock(np.array([0, 10, 20]), np.array([10, 20, 30]))
+    with pytest.raises(CellFailed, match="backwards"):
+        check_clock(np.array([0, 10]), np.array([5, 9]))
+    with pytest.raises(CellFailed, match="backwards"):
+        check_clock(np.array([0, 10, 14]), np.array([5, 15, 30]))
