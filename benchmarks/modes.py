@@ -1,4 +1,4 @@
-"""``python -m benchmarks.modes``: what the modes of ``portcall bench`` measure, beside theory and beside other programs.
+"""``python -m benchmarks.modes``: the modes of ``portcall bench`` beside theory and beside other programs.
 
 arrival: a server of constant service time at several loads; the mean wait to that of Lindley's recursion on the same
 arrivals and the service times as they were, and to Pollaczek and Khinchine's formula.
