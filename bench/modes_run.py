@@ -33,6 +33,7 @@ from portcall.core import (
     CellFailed,
     PortcallError,
     UnavailableError,
+    UnsupportedError,
     VerificationFailed,
     Workload,
     outcome_of,
@@ -48,7 +49,8 @@ _ALLOWANCE_S = 60.0
 class _Point:
     """One setting of a subject: the job that measures it, and what its processes have told so far.
 
-    drop: arguments of ``cold:drop``, done in a process of its own before each measurement.
+    drop: arguments of ``cold:drop``, done in a process of its own before each measurement. lost: why processes died;
+    nothing of them counts. error: why this point has no figures.
     """
 
     label: str
@@ -59,6 +61,7 @@ class _Point:
     answers: list[dict[str, Any]] = field(default_factory=list)
     drops: list[dict[str, Any]] = field(default_factory=list)
     samples: list[dict[str, np.ndarray[Any, Any]]] = field(default_factory=list)
+    lost: list[PortcallError] = field(default_factory=list)
     error: PortcallError | None = None
     startup_s: float = 0.0
 
@@ -182,6 +185,7 @@ def _measure(
         runs = 1 + sum(not p.is_over for p in after) + (workload.processes - number - 1) * waiting
         job["deadline_s"] = max(0.0, left / runs - point.startup_s)
     file = work.folder / f"samples-{number}.npz"
+    file.unlink(missing_ok=True)  # of a process that died while it wrote
     job["samples"] = str(file)
     backend = subject.artifact.backend
     label = f"{point.label} {subject.label} {number + 1}/{workload.processes}"
@@ -200,10 +204,14 @@ def _measure(
             point.startup_s = time.monotonic() - start - answer["elapsed_s"]
     except BadInput:
         raise
-    except PortcallError as error:  # of a sweep, this point alone: it may have been too large for the memory
+    except (UnavailableError, VerificationFailed) as error:
+        subject.error = point.error = error
+    except UnsupportedError as error:
         point.error = error
-        if len(measured.points) == 1 or isinstance(error, (UnavailableError, VerificationFailed)):
-            subject.error = error
+    except PortcallError as error:  # killed, out of memory: of a sweep, this point alone
+        point.lost.append(error)
+        if not point.answers and len(point.lost) == 2:
+            point.error = error
     finally:
         subject.spent_s += time.monotonic() - start
 
@@ -212,6 +220,9 @@ def _figures(measured: _Measured, target: str, workload: Workload, mode: Mode) -
     """Return the result of one subject: that of the latency mode without its figures, and the mode's object."""
     subject = measured.subject
     answers = [a for p in measured.points for a in p.answers]
+    for point in measured.points:
+        if point.lost and not point.answers:
+            point.error = point.error or point.lost[-1]
     if subject.error is None and not answers:
         errors = [p.error for p in measured.points if p.error is not None]
         reasons = [d["reason"] for p in measured.points for d in p.drops if d["reason"]]
@@ -236,6 +247,12 @@ def _figures(measured: _Measured, target: str, workload: Workload, mode: Mode) -
     result["environment"] = answers[-1]["environment"]
     figures, warnings = _mode_figures(measured, mode)
     result[mode.name] = figures
+    for point in measured.points:
+        if point.lost and point.answers:
+            warnings.append(
+                f"{point.label}: {len(point.lost)} of {workload.processes} processes died and were discarded: "
+                f"{point.lost[-1].message}"
+            )
     if measured.left_out:
         warnings.append(
             f"--max-time {workload.max_time_s:g} s: {measured.left_out} of "

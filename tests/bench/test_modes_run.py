@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
+import os
+import signal
+import tempfile
+import threading
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +22,7 @@ import portcall.api
 from portcall.bench.modes import Arrival, Cold, Mode, Sustained, Throughput
 from portcall.core import BadInput, Workload
 from portcall.targets import Target, local
+from tests.processes import running
 
 NULL = {"inputs": [{"name": "x", "shape": ["batch", 4], "dtype": "float32"}], "copies": {"y": "x"}}
 JOBS: list[tuple[str, str]] = []
@@ -198,3 +205,52 @@ def test_latency_says_its_name(two: list[Path]) -> None:
     result = one(two[0], "latency", replace(QUICK, processes=1, min_time_s=0.01))
     assert result["mode"] == {"name": "latency"}
     assert result["latency"]["n"] > 0
+
+
+class KillingDriver(local.LocalDriver):
+    """Kills the worker of the second arrival job in its middle, as a system that runs out of memory would."""
+
+    def run(self, job: str, arguments: Mapping[str, Any], label: str, backend: str) -> Any:
+        if job == "arrival:measure":
+            JOBS.append((job, label))
+            if len(JOBS) == 2:
+                threading.Thread(target=self._kill).start()
+        return super().run(job, arguments, label, backend)
+
+    def _kill(self) -> None:
+        deadline = time.monotonic() + 30
+        while not (found := running(tempfile.gettempdir())) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(0.5)
+        for pid in found:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds workers through /proc: run this on Linux")
+def test_a_killed_process_is_discarded_and_said(
+    two: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    monkeypatch.setattr(local, "TARGET", Target("local", "killing", KillingDriver))
+    result = one(two[0], Arrival(100, 2.0), replace(QUICK, processes=3))
+    assert result["outcome"] == "measurement", result["reason"]
+    assert result["arrival"]["processes"] == 2
+    assert any("1 of 3 processes died and were discarded" in w and "SIGKILL" in w for w in result["warnings"])
+
+
+class BreakingDriver(RecordingDriver):
+    """Breaks the file once its inputs are known."""
+
+    def run(self, job: str, arguments: Mapping[str, Any], label: str, backend: str) -> Any:
+        if job == "throughput:measure":
+            Path(arguments["artifact"]["directory"], "model.null").write_text("{}")
+        return super().run(job, arguments, label, backend)
+
+
+def test_a_point_that_dies_twice_is_not_tried_again(two: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "TARGET", Target("local", "breaking", BreakingDriver))
+    result = one(two[0], Throughput((1, 2), (1,)), replace(QUICK, processes=5))
+    assert result["outcome"] == "failed" and result["reason"]
+    assert len(JOBS) == 4, "two points, two starts each"
