@@ -134,7 +134,10 @@ def arrival_figures(
         saturated = 2 * never > len(told)
         reason = f"in {never} of {len(told)} processes the queue was never empty in the second half of the arrivals"
     late = np.concatenate([lateness_ns(s) for s in samples])
-    late_p99 = percentile(late, 0.99) if supported_percentile(0.99, late.size) else None
+    lateness = {
+        f"p{round(100 * q)}_ns": percentile(late, q) if supported_percentile(q, late.size) else None
+        for q in (0.5, 0.95, 0.99)
+    }
     if saturated:
         warnings.insert(
             0,
@@ -143,9 +146,10 @@ def arrival_figures(
         )
     elif saturated is None:
         warnings.append(f"saturation unknown: {reason}")
-    if late_p99 is not None and service["p50_ns"] and late_p99 > 0.1 * service["p50_ns"] and not saturated:
+    p95 = lateness["p95_ns"]
+    if p95 is not None and service["p50_ns"] and p95 > 0.1 * service["p50_ns"] and not saturated:
         warnings.append(
-            f"P99 of lateness is {late_p99 / 1e3:.0f} us: this machine woke the server late, and responses hold that"
+            f"P95 of lateness is {p95 / 1e3:.0f} us: this machine woke the server late, and responses hold that"
         )
     gaps = [(int(s["end_ns"].size), float(s["end_ns"][-1])) for s in samples if s["end_ns"].size]
     return {
@@ -169,7 +173,7 @@ def arrival_figures(
         if response["mean_ns"] is None or service["mean_ns"] is None
         else response["mean_ns"] - service["mean_ns"],
         "mg1_wait_ns": wait,
-        "lateness_p99_ns": late_p99,
+        "lateness": lateness,
     }, warnings
 
 

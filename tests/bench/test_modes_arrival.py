@@ -95,3 +95,11 @@ def test_too_few_requests_say_nothing_about_saturation() -> None:
 def test_drained_tells_overload_from_load(load: float, expected: bool) -> None:
     found = [drained(queue(100 * load, 0.01, 30, seed)) for seed in range(20)]
     assert sum(d is expected for d in found) >= 19
+
+
+def test_a_server_that_is_woken_late_is_said() -> None:
+    arrays = queue(50, 0.001, 10, 1)
+    late = {**arrays, "begin_ns": arrays["begin_ns"] + 400_000, "end_ns": arrays["end_ns"] + 400_000}
+    found, warnings = arrival_figures([late], 50, 0)
+    assert found["lateness"]["p50_ns"] == pytest.approx(400_000)
+    assert any("P95 of lateness is 400 us" in w for w in warnings)
