@@ -37,7 +37,7 @@ A PortcallError that it raises ends this subject alone.
 """
 
 
-def _finish(bench: Bench, subject: Subject) -> None:
+def finish(bench: Bench, subject: Subject) -> None:
     """Have the device build what ends there, before anything is measured."""
     backend = subject.artifact.backend
     if get_backend(backend).finish is not None:
@@ -74,7 +74,7 @@ def check_room(label: str, memory: Mapping[str, Any]) -> None:
         )
 
 
-BEFORE: list[Pass] = [_finish, _measure_memory]
+BEFORE: list[Pass] = [finish, _measure_memory]
 """Done in this order for each subject before any is timed."""
 
 AFTER: list[Pass] = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple, Union
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
 
 from portcall.targets.agent.contents import Contents
 from portcall.targets.agent.contract import (
@@ -84,14 +84,14 @@ def export(graph: Graph, recipe: Recipe, ranges: Optional[Ranges], directory: Pa
 class OpenVinoSession(Session):
     """A compiled model with bound tensors, inference precision pinned to f32 (bf16 is the default on some CPUs)."""
 
-    def __init__(self, artifact: Artifact, workload: Workload) -> None:
+    def __init__(self, artifact: Artifact, workload: Workload, streams: int = 1) -> None:
         import openvino as ov
 
         config = {
             "INFERENCE_PRECISION_HINT": "f32",
-            "INFERENCE_NUM_THREADS": workload.threads,
-            "NUM_STREAMS": 1,
-            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_NUM_THREADS": workload.threads * streams,
+            "NUM_STREAMS": streams,
+            "PERFORMANCE_HINT": "LATENCY" if streams == 1 else "THROUGHPUT",
         }
         self._ov = ov
         self.compiled = ov.Core().compile_model(str(artifact.path), "CPU", config)
@@ -109,7 +109,16 @@ class OpenVinoSession(Session):
             "runtime": f"openvino {ov.__version__}",
             "threads": int(self.compiled.get_property("INFERENCE_NUM_THREADS")),
             "inference_precision": precision,
+            "streams": int(self.compiled.get_property("NUM_STREAMS")),
         }
+
+    def another(self) -> Session:
+        """Return a session with an infer request of its own on the same compiled model."""
+        import copy
+
+        session = copy.copy(self)
+        session._request = self.compiled.create_infer_request()
+        return session
 
     def set_inputs(self, arrays: Mapping[str, Any]) -> None:
         self._held = {}
@@ -138,6 +147,13 @@ def _spec(port: Any, wanted: Any) -> TensorSpec:
 @contextmanager
 def load(artifact: Artifact, workload: Workload) -> Iterator[Session]:
     yield OpenVinoSession(artifact, workload)
+
+
+@contextmanager
+def load_streams(artifact: Artifact, workload: Workload, streams: int) -> Iterator[Sequence[Session]]:
+    """Compile once with as many streams, and give each session an infer request of its own."""
+    first = OpenVinoSession(artifact, workload, streams)
+    yield [first, *(first.another() for _ in range(streams - 1))]
 
 
 def census(artifact: Artifact, shapes: Mapping[str, Tuple[int, ...]]) -> Census:
@@ -245,4 +261,5 @@ BACKEND = Backend(
     contents=contents,
     example=EXAMPLE,
     trace=trace,
+    load_streams=load_streams,
 )

@@ -16,6 +16,8 @@ import numpy as np
 from portcall import artifact as artifacts
 from portcall.accuracy import Accuracy
 from portcall.bench.formats import check_write, write_results
+from portcall.bench.modes import Mode, get_mode
+from portcall.bench.modes_run import run_mode
 from portcall.bench.run import run_bench
 from portcall.bench.saved import load_all
 from portcall.calibrating import (
@@ -169,6 +171,7 @@ def benchmark(
     *,
     target: str = "local",
     workload: Workload | None = None,
+    mode: str | Mode = "latency",
     data: str | Path | None = None,
     preprocess: str | None = None,
     output: str | Path | None = None,
@@ -178,6 +181,8 @@ def benchmark(
 ) -> dict[str, Any]:
     """Measure latency and memory of artifacts or bare files; what ``portcall bench --json`` prints.
 
+    mode: "latency", "throughput", "cold", "sustained", or one of ``portcall.bench.modes`` with its settings, such as
+    ``Arrival(rate_per_s=100)``; its figures stand in the result's object of its name.
     output: a folder for ``bench.json`` and the raw samples. write: (format, file) pairs, as ``report`` writes them;
     "written" then lists them. Where something cannot be written, "error" stands beside the results.
     """
@@ -185,15 +190,19 @@ def benchmark(
         check_write(name, Path(path))
     single = isinstance(artifacts_or_files, str | Path)
     specs = [artifacts_or_files] if single else list(artifacts_or_files)  # type: ignore[arg-type]  # narrowed by single
+    chosen = get_mode(mode)
     written: list[dict[str, Any]] = []
     with contextlib.ExitStack() as stack:
         folder = None if output is None else Path(output)
         if folder is None and write:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="portcall-"))) / "bench"
         with open_workspace(reporter or Reporter(False), timeout_s) as work:
-            results, unsaved = run_bench(
-                work, [str(s) for s in specs], target, workload or Workload(), _data(data, preprocess), folder
-            )
+            paths, given = [str(s) for s in specs], _data(data, preprocess)
+            if chosen is None:
+                results, unsaved = run_bench(work, paths, target, workload or Workload(), given, folder)
+            else:
+                planned = workload or Workload(processes=chosen.processes)
+                results, unsaved = run_mode(work, paths, target, planned, chosen, given, folder)
         if folder is not None and unsaved is None:
             try:
                 for name, path in write:

@@ -360,7 +360,10 @@ def _bench(commands: Any) -> None:
     parser.add_argument("--on", default="local", metavar="TARGET", help="default: local")
     parser.add_argument("--data", help=f"inputs: {DATA_HELP}")
     parser.add_argument(
-        "--processes", type=_count, default=5, metavar="N", help="fresh processes each (default 5)"
+        "--processes",
+        type=_count,
+        metavar="N",
+        help="fresh processes each (default 5; --mode sustained: 1)",
     )
     parser.add_argument("--threads", type=_count, default=1, metavar="N", help="of the runtime (default 1)")
     parser.add_argument(
@@ -388,6 +391,7 @@ def _bench(commands: Any) -> None:
     parser.add_argument(
         "--allow-unavailable", action="store_true", help="exit 0 although a backend is not installed here"
     )
+    _mode_options(parser)
     _model_options(parser)
 
 
@@ -421,6 +425,41 @@ def _write(text: str) -> tuple[str, str]:
     return name, path
 
 
+def _mode_options(parser: argparse.ArgumentParser) -> None:
+    """Add --mode and the options of single modes; those are None where not given."""
+    parser.add_argument(
+        "--mode",
+        choices=["latency", "throughput", "cold", "sustained", "arrival"],
+        default="latency",
+        help="what to measure (default: latency)",
+    )
+    parser.add_argument(
+        "--batches", type=_counts, metavar="N,N", help="throughput: batch sizes (default 1,2,4,8)"
+    )
+    parser.add_argument(
+        "--streams",
+        type=_counts,
+        metavar="N,N",
+        help="throughput: requests in flight at a time, --threads each (default 1,2,4,... to the CPUs)",
+    )
+    parser.add_argument(
+        "--page-cache",
+        type=_words,
+        metavar="STATE,STATE",
+        help="cold: warm, artifact (its files dropped), runtime (its libraries too), system (everything, as root); "
+        "default warm,artifact",
+    )
+    parser.add_argument(
+        "--duration",
+        type=_seconds,
+        metavar="S",
+        help="per process; sustained: default 120 s, arrival: default 10 s",
+    )
+    parser.add_argument("--window", type=_seconds, metavar="S", help="sustained: default 5 s")
+    parser.add_argument("--rate", type=_rate, metavar="R", help="arrival: requests per second")
+    parser.add_argument("--seed", type=_seed, metavar="N", help="arrival: of the arrival times (default 0)")
+
+
 def _seconds(text: str) -> float:
     try:
         value = float(text)
@@ -446,6 +485,30 @@ def _count(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
     return value
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    return tuple(dict.fromkeys(_count(part.strip()) for part in text.split(",")))
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+
+
+def _rate(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of requests per second")
+    return value
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 up")
+    return int(text)
 
 
 def _shard(text: str) -> tuple[int, int]:

@@ -166,15 +166,17 @@ def _run_debug(options: argparse.Namespace) -> tuple[dict[str, Any], str, int]:
 
 def _run_bench(options: argparse.Namespace) -> tuple[dict[str, Any], str, int]:
     from portcall import api
+    from portcall.bench.modes_report import mode_table
     from portcall.bench.report import bench_table
     from portcall.core import Workload
     from portcall.progress import Reporter
     from portcall.runner_options import runner_fields
 
+    mode = _mode(options)
     workload = Workload(
         batch=options.batch,
         threads=options.threads,
-        processes=options.processes,
+        processes=options.processes or (5 if mode == "latency" else mode.processes),
         min_time_s=options.min_time,
         max_time_s=options.max_time,
         shapes=dict(options.shape),
@@ -184,6 +186,7 @@ def _run_bench(options: argparse.Namespace) -> tuple[dict[str, Any], str, int]:
         options.artifacts,
         target=options.on,
         workload=workload,
+        mode=mode,
         data=options.data,
         preprocess=options.preprocess,
         output=options.output,
@@ -192,7 +195,7 @@ def _run_bench(options: argparse.Namespace) -> tuple[dict[str, Any], str, int]:
         reporter=Reporter(True),
     )
     code = _code(answer["results"], options.allow_unavailable)
-    text = bench_table(answer["results"])
+    text = (bench_table if mode == "latency" else mode_table)(answer["results"])
     if answer.get("written"):
         text += "\n\n" + _written(answer["written"])
     if "error" in answer:
@@ -220,6 +223,36 @@ def _written(files: Sequence[dict[str, Any]]) -> str:
             for cell in file["left_out"]
         ]
     return "\n".join(lines)
+
+
+def _mode(options: argparse.Namespace) -> Any:
+    """Return the mode with its settings, or "latency". Raises Usage for an option of another mode."""
+    from portcall.bench.modes import Arrival, Cold, Sustained, Throughput
+
+    kinds = {"throughput": Throughput, "cold": Cold, "sustained": Sustained, "arrival": Arrival}
+    taken = {  # option -> its modes, and its name there
+        "batches": (("throughput",), "batches"),
+        "streams": (("throughput",), "streams"),
+        "page_cache": (("cold",), "caches"),
+        "duration": (("sustained", "arrival"), "duration_s"),
+        "window": (("sustained",), "window_s"),
+        "rate": (("arrival",), "rate_per_s"),
+        "seed": (("arrival",), "seed"),
+    }
+    settings = {}
+    for option, (modes, name) in taken.items():
+        value = getattr(options, option)
+        if value is None:
+            continue
+        if options.mode not in modes:
+            flag = "--" + option.replace("_", "-")
+            raise Usage(f"{flag} belongs to --mode {' and '.join(modes)}. See: portcall bench --help")
+        settings[name] = value
+    if options.mode == "latency":
+        return "latency"
+    if options.mode == "arrival" and "rate_per_s" not in settings:
+        raise Usage("--mode arrival needs --rate, in requests per second. See: portcall bench --help")
+    return kinds[options.mode](**settings)
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], tuple[dict[str, Any], str, int]]] = {

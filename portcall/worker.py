@@ -156,20 +156,18 @@ class WorkerPool:
             job = {**job, "lifeline_fd": lifeline_read, "progress_fd": progress_write}
             (folder / "job.json").write_text(json.dumps(job))
             with output.open("wb") as stream:
+                environment = _environment(folder)
                 try:
+                    command = [*_command(python), str(AGENT_MAIN)]
+                    command += [str(folder / "job.json"), str(folder / "answer.json")]
                     process = subprocess.Popen(
-                        [
-                            *_command(python),
-                            str(AGENT_MAIN),
-                            str(folder / "job.json"),
-                            str(folder / "answer.json"),
-                        ],
+                        [*command, str(time.monotonic_ns())],
                         stdin=subprocess.DEVNULL,
                         stdout=stream,
                         stderr=subprocess.STDOUT,
                         start_new_session=True,
                         pass_fds=(lifeline_read, progress_write),
-                        env=_environment(folder),
+                        env=environment,
                     )
                 except OSError as error:
                     raise UnavailableError(

@@ -522,6 +522,8 @@ class Backend:
     interpret: like load, for a backend whose runtime is not at hand where it exports: runs the portable part of the
     artifact with another runtime. ``verify`` falls back on it and labels the parity; ``bench`` never uses it.
     trace: shows the intermediate tensors of an artifact, for ``debug``; without it only the outputs are compared.
+    load_streams(artifact, workload, n): like load, for n sessions that infer at the same time, each from a thread of
+    its own and with ``workload.threads`` threads; where it is None, n sessions are loaded one by one.
     example: the text of an ``example.py`` that needs only the runtime; @ENTRY@ stands for the file to load, @COMMON@
     for what defines ``here``, ``samples`` and ``show(name, value)``.
     """
@@ -539,3 +541,4 @@ class Backend:
     finish: Optional[Callable[[Artifact, Workload, Path], str]] = None
     contents: Optional[Callable[[Artifact, Mapping[str, Tuple[int, ...]]], Contents]] = None
     trace: Optional[Callable[[Artifact, Workload], ContextManager[Trace]]] = None
+    load_streams: Optional[Callable[[Artifact, Workload, int], ContextManager[Sequence[Session]]]] = None
