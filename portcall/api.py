@@ -14,6 +14,7 @@ import numpy as np
 
 from portcall import artifact as artifacts
 from portcall.accuracy import Accuracy
+from portcall.bench.compare import CompareOptions, run_compare
 from portcall.bench.run import run_bench
 from portcall.calibrating import (
     MEMORY_BYTES,
@@ -192,6 +193,26 @@ def benchmark(
     if unsaved is not None:
         answer["error"] = {"kind": unsaved.kind, "message": unsaved.message, "fix": unsaved.fix or None}
     return answer
+
+
+def compare(
+    base: str | Path,
+    candidate: str | Path,
+    *,
+    target: str = "local",
+    options: CompareOptions | None = None,
+    data: str | Path | None = None,
+    preprocess: str | None = None,
+    timeout_s: float = TIMEOUT_S,
+    reporter: Reporter | None = None,
+) -> dict[str, Any]:
+    """Tell whether *candidate* is slower than *base* (artifacts or bare files, each optionally ``@ENV``).
+
+    Returns what ``portcall compare --json`` prints. Raises the PortcallError of a side that cannot be measured.
+    """
+    with open_workspace(reporter or Reporter(False), timeout_s) as work:
+        chosen = options or CompareOptions()
+        return run_compare(work, str(base), str(candidate), target, chosen, _data(data, preprocess))
 
 
 def calibrate(

@@ -90,6 +90,10 @@ class WorkerPool:
         """End every running worker; their callers get Interrupted."""
         self._stop.set()
 
+    def python_of(self, backend: str) -> str:
+        """Return the interpreter that runs *backend*'s jobs."""
+        return self.pythons.get(backend, sys.executable)
+
     def call(
         self,
         function: str,
@@ -107,7 +111,7 @@ class WorkerPool:
         """
         if self._stop.is_set:
             raise Interrupted
-        python = self.pythons.get(backend or "", sys.executable)
+        python = self.python_of(backend or "")
         with tempfile.TemporaryDirectory(prefix="portcall-job-") as name:
             folder = Path(name)
             job = {
@@ -155,7 +159,7 @@ class WorkerPool:
                 try:
                     process = subprocess.Popen(
                         [
-                            *_command(python),
+                            *interpreter_command(python),
                             str(AGENT_MAIN),
                             str(folder / "job.json"),
                             str(folder / "answer.json"),
@@ -247,7 +251,7 @@ class _ExitEvent:
         os.close(self._fd)
 
 
-def _command(python: str) -> list[str]:
+def interpreter_command(python: str) -> list[str]:
     """Return the interpreter with the flag that keeps the user's folder off sys.path.
 
     -P needs Python 3.11; -I does the same (and more) below.

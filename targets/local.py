@@ -16,8 +16,12 @@ class LocalDriver:
         self._work = work
 
     def run(self, job: str, arguments: Mapping[str, Any], label: str, backend: str) -> Any:
-        """Return what ``portcall.targets.agent.jobs:JOB`` answers. Raises the PortcallError of a failed cell."""
-        return self._work.call(f"portcall.targets.agent.jobs:{job}", arguments, label, backend)
+        """Return what *job* of the agent answers: ``NAME`` of jobs.py, or ``MODULE:NAME``.
+
+        Raises the PortcallError of a failed cell.
+        """
+        function = job if ":" in job else f"jobs:{job}"
+        return self._work.call(f"portcall.targets.agent.{function}", arguments, label, backend)
 
 
 TARGET = Target(name="local", description="this machine", driver=LocalDriver)
