@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Optional, Sequence, Set, Tuple
 
 from portcall.targets.agent.contract import Ranges
 from portcall.targets.agent.errors import CellFailed, UnsupportedError
@@ -310,7 +310,7 @@ def _transformer_plan(model: Any, kept: Sequence[str]) -> Tuple[List[str], List[
 
 def _is_transformer(operators: Sequence[Tuple[Any, str]]) -> bool:
     """Tell whether a product computes on what was normalized over activations; an embedding of length 1 is the end."""
-    normalized = set()
+    normalized: Set[int] = set()
     for op, kind in operators:  # each follows what it reads
         if kind == "RSQRT" or normalized.intersection(map(int, op.inputs)):
             if kind in PRODUCTS:

@@ -27,9 +27,8 @@ def probe_modules(
         return Unavailable(f"not installed: {', '.join(missing)}", fix)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # a vendor's deprecation is no broken install, not even under -W error
+            # A vendor's deprecation is no broken install, not even under -W error.
+            warnings.simplefilter("ignore")
             for name in imported:
                 importlib.import_module(name)
     except Exception as error:  # a broken install raises anything, from ImportError to its own kinds

@@ -524,8 +524,12 @@ print(json.dumps(sorted(set(sys.modules) - before)))
                 np.testing.assert_allclose(found[name], array, rtol=1e-4, atol=tolerance)
 
 
-def assert_light_imports(tree: ast.Module) -> None:
-    """Check that a module's top-level imports are the standard library and the agent."""
+def assert_light_imports(tree: ast.Module, siblings: bool = False) -> None:
+    """Check that a module's top-level imports are the standard library and the agent.
+
+    siblings: and other exporters' modules, which travel with it and are checked themselves.
+    """
+    allowed = ["portcall.targets.agent", *(["portcall.exporters"] if siblings else [])]
     for node in tree.body:
         names: list[str] = []
         if isinstance(node, ast.Import):
@@ -534,5 +538,5 @@ def assert_light_imports(tree: ast.Module) -> None:
             assert node.level == 0
             names = [node.module or ""]
         for name in names:
-            agent = name == "portcall.targets.agent" or name.startswith("portcall.targets.agent.")
-            assert agent or name.partition(".")[0] in sys.stdlib_module_names, f"imports {name} at its top"
+            travels = any(name == package or name.startswith(f"{package}.") for package in allowed)
+            assert travels or name.partition(".")[0] in sys.stdlib_module_names, f"imports {name} at its top"

@@ -144,7 +144,7 @@ def test_every_backend_has_a_contract_class() -> None:
     "path", sorted(Path(portcall.exporters.__path__[0]).glob("_*.py")), ids=lambda p: p.name
 )
 def test_shared_parts_can_travel_too(path: Path) -> None:
-    assert_light_imports(ast.parse(path.read_text(), feature_version=(3, 8)))
+    assert_light_imports(ast.parse(path.read_text(), feature_version=(3, 8)), siblings=True)
 
 
 def test_scalar_inputs_stay_scalars(tmp_path: Path) -> None:
