@@ -233,37 +233,7 @@ def _answer(
 ) -> dict[str, Any]:
     machines = {identity(a["environment"]["machine"]) for side in sides for a in side.answers}
     incomparable = len(machines) > 1
-    metrics = []
-    for name in METRICS:
-        reason = _absent(name, options)
-        ratio = None if reason else _ratio(name, pairs, memory, options)
-        if ratio is None:
-            n = sum(p.base.size for p in pairs)
-            reason = reason or f"n={n} inferences support no {name}: allow more time with --max-time"
-            metrics.append(
-                {
-                    "name": name,
-                    "ratio": None,
-                    "ci": None,
-                    "verdict": None,
-                    "smallest_effect": None,
-                    "reason": reason,
-                }
-            )
-            continue
-        verdict = Verdict.INCOMPARABLE if incomparable else judge(ratio, options.margin)
-        metrics.append(
-            {
-                "name": name,
-                "ratio": float(np.exp(ratio.center)),
-                "ci": None if ratio.interval is None else [float(np.exp(v)) for v in ratio.interval],
-                "verdict": verdict.value,
-                "smallest_effect": smallest_effect(ratio, options.margin)
-                if verdict == Verdict.INCONCLUSIVE
-                else None,
-                "reason": None,
-            }
-        )
+    metrics = [_metric(name, pairs, memory, options, incomparable) for name in METRICS]
     primary = next(m for m in metrics if m["name"] == options.metric)
     return {
         "schema": 1,
@@ -281,6 +251,30 @@ def _answer(
         "stack_difference": _stack_difference(sides),
         "warnings": _warnings(sides, incomparable),
     }
+
+
+def _metric(
+    name: str,
+    pairs: Sequence[Pair],
+    memory: tuple[list[float], list[float]] | None,
+    options: CompareOptions,
+    incomparable: bool,
+) -> dict[str, Any]:
+    """Return one entry of "metrics"."""
+    found: dict[str, Any] = dict.fromkeys(("ratio", "ci", "verdict", "smallest_effect"))
+    reason = _absent(name, options)
+    ratio = None if reason else _ratio(name, pairs, memory, options)
+    if ratio is None:
+        n = sum(p.base.size for p in pairs)
+        reason = reason or f"n={n} inferences support no {name}: allow more time with --max-time"
+        return {"name": name, **found, "reason": reason}
+    verdict = Verdict.INCOMPARABLE if incomparable else judge(ratio, options.margin)
+    found["ratio"] = float(np.exp(ratio.center))
+    found["ci"] = None if ratio.interval is None else [float(np.exp(v)) for v in ratio.interval]
+    found["verdict"] = verdict.value
+    if verdict == Verdict.INCONCLUSIVE:
+        found["smallest_effect"] = smallest_effect(ratio, options.margin)
+    return {"name": name, **found, "reason": None}
 
 
 def _side_json(side: _Side, wall: Sequence[np.ndarray[Any, Any]], options: CompareOptions) -> dict[str, Any]:
