@@ -57,7 +57,7 @@ class CompareOptions:
 
 
 @dataclass(slots=True)
-class _Side:
+class Side:
     """One side: what is measured, and with whose interpreter (a backend's, or an environment's)."""
 
     subject: _Subject
@@ -83,30 +83,45 @@ def run_compare(
         raise BadInput(f"no metric {options.metric!r}", f"There are: {', '.join(METRICS)}")
     started = time.monotonic()
     driver = get_target(target).driver(work)
-    sides = [_open_side(work, spec) for spec in (base, candidate)]
+    sides = [open_side(work, spec) for spec in (base, candidate)]
     for number, side in enumerate(sides):
-        _find(work, driver, side, data, options.workload, number)
+        prepare(work, driver, side, data, options.workload, number)
     memory = _measure_memory_of(driver, sides, options)
     pairs: list[Pair] = []
-    slowest = 0.0
-    stopped = "budget"
-    while len(pairs) < options.most_pairs:
+    durations: list[float] = []
+    stopped = None
+    while stopped is None:
         begun = time.monotonic()
-        if len(pairs) >= 3 and begun - started + slowest > options.budget_s and not options.fixed:
-            break
-        pairs.append(_measure_pair(work, driver, sides, options, len(pairs)))
-        slowest = max(slowest, time.monotonic() - begun)
-        if not options.fixed and len(pairs) >= FEWEST_PAIRS:
-            primary = _ratio(options.metric, pairs, memory, options)
-            if primary is not None and judge(primary, options.margin, clear=True) != Verdict.INCONCLUSIVE:
-                stopped = "clear"
-                break
-    else:
-        stopped = "pairs"
+        pairs.append(measure_pair(work, driver, sides, options, len(pairs)))
+        durations.append(time.monotonic() - begun)
+        primary = _ratio(options.metric, pairs, memory, options)
+        stopped = should_stop(primary, durations, time.monotonic() - started, options)
     return _answer(sides, target, pairs, memory, options, stopped, time.monotonic() - started)
 
 
-def _open_side(work: Workspace, spec: str) -> _Side:
+def should_stop(
+    primary: Ratio | None, durations: Sequence[float], elapsed_s: float, options: CompareOptions
+) -> str | None:
+    """Return why to stop after these pairs ("clear", "pairs", "budget"), or None to go on.
+
+    primary: the ratio of the top verdict's metric so far. durations: seconds that each pair took. The budget ends where
+    another pair might not end within it; three pairs are always taken.
+    """
+    n = len(durations)
+    if n >= options.most_pairs:
+        return "pairs"
+    if options.fixed:
+        return None
+    if (
+        primary is not None
+        and n >= FEWEST_PAIRS
+        and judge(primary, options.margin, clear=True) != Verdict.INCONCLUSIVE
+    ):
+        return "clear"
+    return "budget" if n >= 3 and elapsed_s + max(durations) > options.budget_s else None
+
+
+def open_side(work: Workspace, spec: str) -> Side:
     """Return one side of ``artifact``, ``file`` or either with ``@ENV``."""
     path, at, environment = spec.rpartition("@")
     if not at or Path(spec).exists():
@@ -117,7 +132,7 @@ def _open_side(work: Workspace, spec: str) -> _Side:
         raise subject.error
     if not environment:
         backend = subject.artifact.backend
-        return _Side(subject, backend, work.pool.python_of(backend))
+        return Side(subject, backend, work.pool.python_of(backend))
     known = work.settings.environments
     if environment not in known:
         listed = f"It has: {', '.join(known)}" if known else "It names none"
@@ -127,11 +142,11 @@ def _open_side(work: Workspace, spec: str) -> _Side:
         )
     key = f"@{environment}"
     work.pool.pythons[key] = known[environment]
-    return _Side(subject, key, known[environment])
+    return Side(subject, key, known[environment])
 
 
-def _find(
-    work: Workspace, driver: Driver, side: _Side, data: DataArgument | None, workload: Workload, number: int
+def prepare(
+    work: Workspace, driver: Driver, side: Side, data: DataArgument | None, workload: Workload, number: int
 ) -> None:
     _attempt(side.subject, partial(_find_inputs, work, driver, side.subject, data, workload, number))
     _attempt(side.subject, partial(_finish, driver, side.subject, workload))
@@ -140,7 +155,7 @@ def _find(
 
 
 def _measure_memory_of(
-    driver: Driver, sides: Sequence[_Side], options: CompareOptions
+    driver: Driver, sides: Sequence[Side], options: CompareOptions
 ) -> tuple[list[float], list[float]] | None:
     if not options.memory:
         return None
@@ -153,8 +168,8 @@ def _measure_memory_of(
     return base, candidate
 
 
-def _measure_pair(
-    work: Workspace, driver: Driver, sides: Sequence[_Side], options: CompareOptions, number: int
+def measure_pair(
+    work: Workspace, driver: Driver, sides: Sequence[Side], options: CompareOptions, number: int
 ) -> Pair:
     """Run one pair; its seed sets the order of turns."""
     folder = work.folder / f"pair-{number}"
@@ -223,7 +238,7 @@ def _absent(metric: str, options: CompareOptions) -> str | None:
 
 
 def _answer(
-    sides: Sequence[_Side],
+    sides: Sequence[Side],
     target: str,
     pairs: Sequence[Pair],
     memory: tuple[list[float], list[float]] | None,
@@ -277,7 +292,7 @@ def _metric(
     return {"name": name, **found, "reason": None}
 
 
-def _side_json(side: _Side, wall: Sequence[np.ndarray[Any, Any]], options: CompareOptions) -> dict[str, Any]:
+def _side_json(side: Side, wall: Sequence[np.ndarray[Any, Any]], options: CompareOptions) -> dict[str, Any]:
     pooled = np.concatenate([w.ravel() for w in wall])
     return {
         "artifact": side.subject.spec,
@@ -293,7 +308,7 @@ def _side_json(side: _Side, wall: Sequence[np.ndarray[Any, Any]], options: Compa
     }
 
 
-def _stack_difference(sides: Sequence[_Side]) -> list[dict[str, Any]]:
+def _stack_difference(sides: Sequence[Side]) -> list[dict[str, Any]]:
     """Return what differs between the two software stacks, by key."""
     base, candidate = (side.answers[-1]["environment"]["stack"] for side in sides)
     keys = sorted(set(base) | set(candidate) - {"absent"})
@@ -304,7 +319,7 @@ def _stack_difference(sides: Sequence[_Side]) -> list[dict[str, Any]]:
     ]
 
 
-def _warnings(sides: Sequence[_Side], incomparable: bool) -> list[str]:
+def _warnings(sides: Sequence[Side], incomparable: bool) -> list[str]:
     found = list(dict.fromkeys(w for side in sides for w in side.subject.warnings))
     if incomparable:
         found.append("the machine changed between the processes: compare again where CPUs and limits stay")
