@@ -311,7 +311,7 @@ def _side_json(side: Side, wall: Sequence[np.ndarray[Any, Any]], options: Compar
 def _stack_difference(sides: Sequence[Side]) -> list[dict[str, Any]]:
     """Return what differs between the two software stacks, by key."""
     base, candidate = (side.answers[-1]["environment"]["stack"] for side in sides)
-    keys = sorted(set(base) | set(candidate) - {"absent"})
+    keys = sorted((set(base) | set(candidate)) - {"absent"})
     return [
         {"key": k, "base": base.get(k), "candidate": candidate.get(k)}
         for k in keys

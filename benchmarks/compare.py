@@ -100,7 +100,7 @@ def record(folder: Path, artifact: Path, name: str, rounds: int) -> None:
                     continue
                 start = time.monotonic()
                 options = replace(OPTIONS, slowdown=slowdown)
-                pair = measure_pair(work, driver, sides, options, hash((number, slowdown)) & 0xFFFF)
+                pair = measure_pair(work, driver, sides, options, 1000 * number + int(100 * slowdown))
                 took = time.monotonic() - start
                 part = file.with_suffix(".part.npz")
                 np.savez_compressed(part, *_arrays(pair), seconds=took)
@@ -115,7 +115,9 @@ def _arrays(pair: Pair) -> list[Any]:
 
 def recorded(folder: Path, name: str, slowdown: float) -> tuple[list[float], list[float], int]:
     """Return each pair's log ratio of P50 in the order of time, the seconds that it took, and P50 of the base in ns."""
-    values, seconds, levels = [], [], []
+    values: list[float] = []
+    seconds: list[float] = []
+    levels: list[float] = []
     for file in sorted((folder / "pairs" / name).glob(f"{slowdown:.2f}-*[0-9].npz")):
         with np.load(file) as stored:
             pair = Pair(*(stored[f"arr_{i}"] for i in range(4)))

@@ -32,8 +32,9 @@ TURN_NS = 12_000_000
 _COLD_NS = 10_000_000
 """Below this, an inference notices the caches that the other side left: the first of each turn is not timed."""
 
-MOST_TURNS = 2000
-"""Turns of one pair at most: what the arrays of samples are allocated for."""
+MOST_TURNS = 400
+MOST_INFERENCES = 500
+"""Turns of one pair, and inferences of a turn, at most: what the arrays of samples are allocated for."""
 
 _WORD = struct.Struct("<q")
 
@@ -59,7 +60,8 @@ def duet(arguments: Mapping[str, Any], progress: jobs.Progress) -> Dict[str, Any
         for side in sides:  # one after the other: both share the CPUs
             side.say(0)
             typical_ns.append(side.await_word())
-        burst = max(1, round(TURN_NS / max(typical_ns)))  # the same for both, whichever is slower
+        # The same for both, whichever is slower.
+        burst = min(MOST_INFERENCES, max(1, round(TURN_NS / max(typical_ns))))
         rng = random.Random(arguments["seed"])
         stop = time.monotonic() + arguments["turns_s"]
         turns = 0
