@@ -145,7 +145,7 @@ def _plan(driver: Driver, measured: _Measured, workload: Workload, mode: Mode) -
     elif isinstance(mode, Cold):
         # A start that is not counted: it warms the page cache, and tells which files a start reads.
         label = f"first start {subject.label}"
-        first = driver.run("cold:measure", subject.job(workload), label, subject.artifact.backend)
+        first = driver.run("cold:measure", subject.job(workload), label, subject.interpreter)
         for cache in mode.caches:
             drop = None if cache == "warm" else {"cache": cache, "files": first["files"]}
             measured.points.append(_Point(cache, "cold:measure", workload, {}, drop))
@@ -181,7 +181,7 @@ def _measure(
     file = work.folder / f"samples-{number}.npz"
     file.unlink(missing_ok=True)  # of a process that died while it wrote
     job["samples"] = str(file)
-    backend = subject.artifact.backend
+    backend = subject.interpreter
     label = f"{point.label} {subject.label} {number + 1}/{workload.processes}"
     start = time.monotonic()
     try:

@@ -84,7 +84,7 @@ def _time(work: Workspace, driver: Driver, subject: Subject, workload: Workload,
     total = workload.processes if number < workload.processes else "?"
     label = f"time {subject.label} {number + 1}/{total}"
     try:
-        answer = driver.run("measure", job, label, subject.artifact.backend)
+        answer = driver.run("measure", job, label, subject.interpreter)
     except WorkerDied as error:
         subject.spent_s += time.monotonic() - start
         subject.deaths.append(error.message)

@@ -39,17 +39,16 @@ A PortcallError that it raises ends this subject alone.
 
 def finish(bench: Bench, subject: Subject) -> None:
     """Have the device build what ends there, before anything is measured."""
-    backend = subject.artifact.backend
-    if get_backend(backend).finish is not None:
+    if get_backend(subject.artifact.backend).finish is not None:
         job = subject.job(bench.workload)
-        subject.finish = bench.driver.run("finish", job, f"finish {subject.label}", backend)
+        subject.finish = bench.driver.run("finish", job, f"finish {subject.label}", subject.interpreter)
 
 
-def _measure_memory(bench: Bench, subject: Subject) -> None:
+def measure_memory(bench: Bench, subject: Subject) -> None:
     """Read memory in a process of its own; raise CellFailed where the timed processes would not have enough."""
     job, label = subject.job(bench.workload), f"memory {subject.label}"
     try:
-        subject.memory = bench.driver.run("measure_memory", job, label, subject.artifact.backend)
+        subject.memory = bench.driver.run("measure_memory", job, label, subject.interpreter)
     except WorkerDied as error:
         if "SIGKILL" not in error.message or error.fix:
             raise
@@ -74,7 +73,7 @@ def check_room(label: str, memory: Mapping[str, Any]) -> None:
         )
 
 
-BEFORE: list[Pass] = [finish, _measure_memory]
+BEFORE: list[Pass] = [finish, measure_memory]
 """Done in this order for each subject before any is timed."""
 
 AFTER: list[Pass] = []

@@ -23,10 +23,10 @@ from portcall.workspace import DataArgument, Workspace
 class Subject:
     """One artifact or bare file under measurement, and what its processes have told so far.
 
-    number: its place among all subjects. wall, cpu, device: samples in ns, one array per process that answered, as in
-    answers. deaths: why each other process ended without an answer. extra: further keys of its result, set by a pass.
-    spent_s and typical_s: what all its timed processes took, start-up included, and what one takes; startup_s: of that,
-    outside the measuring job.
+    number: its place among all subjects. environment: "@NAME" where an environment of portcall.toml runs it. wall, cpu,
+    device: samples in ns, one array per process that answered, as in answers. deaths: why each other process ended
+    without an answer. extra: further keys of its result, set by a pass. spent_s and typical_s: what all its timed
+    processes took, start-up included, and what one takes; startup_s: of that, outside the measuring job.
     """
 
     number: int
@@ -34,6 +34,7 @@ class Subject:
     artifact: Artifact
     manifest: Mapping[str, Any] | None
     label: str
+    environment: str | None = None
     inputs: Path | None = None
     error: PortcallError | None = None
     finish: dict[str, Any] | None = None
@@ -48,6 +49,11 @@ class Subject:
     spent_s: float = 0.0
     typical_s: float = 0.0
     startup_s: float = 0.0
+
+    @property
+    def interpreter(self) -> str:
+        """Whose interpreter runs its jobs: its environment's, else its backend's."""
+        return self.environment or self.artifact.backend
 
     @property
     def expected_sqnr_db(self) -> list[float]:
@@ -71,7 +77,7 @@ class Subject:
 def open_subjects(specs: Sequence[str]) -> list[Subject]:
     """Return one subject per artifact or bare file; a folder of ``export -o`` holds several. Raises BadInput."""
     paths = [path for spec in specs for path in _artifacts_in(Path(spec))]
-    return [_open(number, path) for number, path in enumerate(paths)]
+    return [open_subject(number, path) for number, path in enumerate(paths)]
 
 
 def _artifacts_in(path: Path) -> list[Path]:
@@ -84,7 +90,8 @@ def _artifacts_in(path: Path) -> list[Path]:
     return [path]
 
 
-def _open(number: int, path: Path) -> Subject:
+def open_subject(number: int, path: Path) -> Subject:
+    """Return the artifact or bare file at *path*; a damaged artifact has its error set. Raises BadInput for neither."""
     spec = str(path)
     if path.is_dir():
         manifest = artifacts.read_manifest(path)
@@ -127,7 +134,7 @@ def find_inputs(
         specs = [source_spec(t) for t in artifact.inputs]
     else:
         found = driver.run(
-            "describe", {"artifact": artifact.to_json()}, f"open {subject.label}", artifact.backend
+            "describe", {"artifact": artifact.to_json()}, f"open {subject.label}", subject.interpreter
         )
         specs = [TensorSpec.from_json(t) for t in found["inputs"]]
     path = work.folder / f"inputs-{subject.number}.npz"

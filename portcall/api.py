@@ -15,6 +15,7 @@ import numpy as np
 
 from portcall import artifact as artifacts
 from portcall.accuracy import Accuracy
+from portcall.bench.compare import CompareOptions, run_compare
 from portcall.bench.formats import check_write, write_results
 from portcall.bench.modes import Mode, get_mode
 from portcall.bench.modes_run import run_mode
@@ -231,6 +232,26 @@ def report(
     check_write(to, Path(output))
     given = [results] if isinstance(results, str | Path) else list(results)
     return {"schema": SCHEMA, "written": [write_results(load_all(given), to, Path(output))]}
+
+
+def compare(
+    base: str | Path,
+    candidate: str | Path,
+    *,
+    target: str = "local",
+    options: CompareOptions | None = None,
+    data: str | Path | None = None,
+    preprocess: str | None = None,
+    timeout_s: float = TIMEOUT_S,
+    reporter: Reporter | None = None,
+) -> dict[str, Any]:
+    """Tell whether *candidate* is slower than *base* (artifacts or bare files, each optionally ``@ENV``).
+
+    Returns what ``portcall compare --json`` prints. Raises the PortcallError of a side that cannot be measured.
+    """
+    with open_workspace(reporter or Reporter(False), timeout_s) as work:
+        chosen = options or CompareOptions()
+        return run_compare(work, str(base), str(candidate), target, chosen, _data(data, preprocess))
 
 
 def calibrate(

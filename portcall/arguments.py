@@ -43,8 +43,8 @@ def build_parser() -> argparse.ArgumentParser:
   portcall export model.onnx --to onnxruntime:fp32,int8,openvino:int8 --data calibration.npz -o out
   portcall bench out/onnxruntime-fp32 out/onnxruntime-int8
 
-exit codes: 0 all done; 1 an artifact failed verification; 2 bad input, nothing run; 3 too few samples for
---max-drop; 4 a cell failed or is unavailable; 130 interrupted""",
+exit codes: 0 all done; 1 an artifact failed verification, or compare found a regression; 2 bad input, nothing run;
+3 undecided (compare, or too few samples for --max-drop); 4 a cell failed or is unavailable; 130 interrupted""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"portcall {__version__}")
@@ -59,6 +59,7 @@ exit codes: 0 all done; 1 an artifact failed verification; 2 bad input, nothing 
     _debug(commands)
     _bench(commands)
     _report(commands)
+    _compare(commands)
     completion = _command(
         commands,
         "completion",
@@ -458,6 +459,48 @@ def _mode_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--window", type=_seconds, metavar="S", help="sustained: default 5 s")
     parser.add_argument("--rate", type=_rate, metavar="R", help="arrival: requests per second")
     parser.add_argument("--seed", type=_seed, metavar="N", help="arrival: of the arrival times (default 0)")
+
+
+def _compare(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "compare",
+        "tell whether CANDIDATE is slower than BASE: fresh processes in pairs until the verdict is clear",
+        "portcall compare out/onnxruntime-int8 new/onnxruntime-int8 --max-time 20",
+    )
+    sides = "an artifact folder or a bare file; @ENV behind it: run by that environment of portcall.toml"
+    parser.add_argument("base", metavar="BASE", help=sides)
+    parser.add_argument("candidate", metavar="CANDIDATE", help="the same; the ratio is candidate / base")
+    parser.add_argument("--on", default="local", metavar="TARGET", help="default: local")
+    parser.add_argument(
+        "--metric",
+        default="p50",
+        choices=["p50", "p95", "p99", "cpu", "memory"],
+        help="whose verdict is the top one (default: p50 of wall time)",
+    )
+    parser.add_argument(
+        "--margin", type=_share, default=0.03, metavar="3%", help="what counts as no change (default 3%%)"
+    )
+    parser.add_argument(
+        "--max-time", type=_seconds, default=60.0, metavar="S", help="end undecided after this (default 60 s)"
+    )
+    parser.add_argument("--data", help=f"inputs: {DATA_HELP}")
+    parser.add_argument("--threads", type=_count, default=1, metavar="N", help="of the runtime (default 1)")
+    parser.add_argument(
+        "--batch", type=_count, default=1, metavar="N", help="samples per inference (default 1)"
+    )
+    _model_options(parser)
+
+
+def _share(text: str) -> float:
+    """Return "3%" or "0.03" as a fraction."""
+    try:
+        value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        value = float("nan")
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share such as 3%")
+    return value
 
 
 def _seconds(text: str) -> float:

@@ -16,6 +16,14 @@ from portcall.arguments import Usage, build_parser
 
 OK, FAILED_VERIFICATION, BAD_INPUT, INCONCLUSIVE, CELL_FAILED, INTERRUPTED = 0, 1, 2, 3, 4, 130
 PORTCALL_SCHEMA = 1
+VERDICTS = {
+    "unchanged": OK,
+    "improved": OK,
+    "regressed": FAILED_VERIFICATION,
+    "inconclusive": INCONCLUSIVE,
+    "incomparable": INCONCLUSIVE,
+}
+"""The exit code of each verdict of ``compare``."""
 INTERRUPTED_TEXT = "interrupted; nothing half-written was left behind"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -255,6 +263,33 @@ def _mode(options: argparse.Namespace) -> Any:
     return kinds[options.mode](**settings)
 
 
+def _run_compare(options: argparse.Namespace) -> tuple[dict[str, Any], str, int]:
+    from portcall import api
+    from portcall.bench.compare import CompareOptions
+    from portcall.bench.compare_report import compare_table
+    from portcall.core import Workload
+    from portcall.progress import Reporter
+
+    answer = api.compare(
+        options.base,
+        options.candidate,
+        target=options.on,
+        options=CompareOptions(
+            metric=options.metric,
+            margin=options.margin,
+            budget_s=options.max_time,
+            workload=Workload(
+                batch=options.batch, threads=options.threads, warmup_s=0.15, shapes=dict(options.shape)
+            ),
+        ),
+        data=options.data,
+        preprocess=options.preprocess,
+        timeout_s=options.timeout,
+        reporter=Reporter(True),
+    )
+    return answer, compare_table(answer), VERDICTS[answer["verdict"]]
+
+
 COMMANDS: dict[str, Callable[[argparse.Namespace], tuple[dict[str, Any], str, int]]] = {
     "doctor": _run_doctor,
     "calibrate": _run_calibrate,
@@ -266,6 +301,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], tuple[dict[str, Any], str, in
     "debug": _run_debug,
     "bench": _run_bench,
     "report": _run_report,
+    "compare": _run_compare,
 }
 """Per command: a function to (what --json prints, the table, the exit code)."""
 

@@ -94,6 +94,10 @@ class WorkerPool:
         """End every running worker; their callers get Interrupted."""
         self._stop.set()
 
+    def python_of(self, backend: str) -> str:
+        """Return the interpreter that runs *backend*'s jobs."""
+        return self.pythons.get(backend, sys.executable)
+
     def call(
         self,
         function: str,
@@ -111,7 +115,7 @@ class WorkerPool:
         """
         if self._stop.is_set:
             raise Interrupted
-        python = self.pythons.get(backend or "", sys.executable)
+        python = self.python_of(backend or "")
         with tempfile.TemporaryDirectory(prefix="portcall-job-") as name:
             folder = Path(name)
             job = {
@@ -158,7 +162,7 @@ class WorkerPool:
             with output.open("wb") as stream:
                 environment = _environment(folder)
                 try:
-                    command = [*_command(python), str(AGENT_MAIN)]
+                    command = [*interpreter_command(python), str(AGENT_MAIN)]
                     command += [str(folder / "job.json"), str(folder / "answer.json")]
                     process = subprocess.Popen(
                         [*command, str(time.monotonic_ns())],
@@ -249,7 +253,7 @@ class _ExitEvent:
         os.close(self._fd)
 
 
-def _command(python: str) -> list[str]:
+def interpreter_command(python: str) -> list[str]:
     """Return the interpreter with the flag that keeps the user's folder off sys.path.
 
     -P needs Python 3.11; -I does the same (and more) below.

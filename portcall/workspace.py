@@ -58,6 +58,10 @@ class Workspace:
     threads: int = field(default_factory=usable_cpus)
     probed: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
 
+    @property
+    def exporters_path(self) -> list[str]:
+        return list(portcall.exporters.__path__)
+
     def call(
         self,
         function: str,
