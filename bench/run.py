@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import numpy as np
 
 from portcall import artifact as artifacts
 from portcall.bench.statistics import percentile, summarize
+from portcall.bench.witness import pairs as witnesses
 from portcall.core import (
     Artifact,
     BadInput,
@@ -43,6 +44,7 @@ class _Subject:
     error: PortcallError | None = None
     finish: dict[str, Any] | None = None
     memory: dict[str, Any] | None = None
+    witness: dict[str, Any] | None = None
     wall: list[np.ndarray[Any, Any]] = field(default_factory=list)
     cpu: list[np.ndarray[Any, Any]] = field(default_factory=list)
     device: list[np.ndarray[Any, Any]] = field(default_factory=list)
@@ -64,12 +66,14 @@ def run_bench(
     workload: Workload,
     data: DataArgument | None = None,
     output: Path | None = None,
+    witness_pairs: int | None = None,
 ) -> tuple[list[dict[str, Any]], PortcallError | None]:
     """Measure every spec (artifact folder or bare file); return the ``results`` of the JSON contract, and the error
     of saving them: what was measured is never lost to a full disk.
 
     One process each reads memory; then rounds of one process each (A B C A B C ...) are timed, so that drift hits
-    all alike. output: a folder for ``bench.json`` and the raw samples. Raises BadInput for unusable specs.
+    all alike. output: a folder for ``bench.json`` and the raw samples. witness_pairs: afterwards run that many pairs of
+    the runtime's own benchmark tool and a process of ours. Raises BadInput for unusable specs.
     """
     driver = get_target(target).driver(work)
     if output is not None:
@@ -85,6 +89,12 @@ def run_bench(
     for number in range(workload.processes):
         for subject in subjects:
             _attempt(subject, partial(_measure, work, driver, subject, workload, number))
+    if witness_pairs is not None:
+        for number, subject in enumerate(subjects):
+            folder = work.folder / f"witness-{number}"
+            _attempt(
+                subject, partial(_witness, work, driver, target, subject, workload, witness_pairs, folder)
+            )
     results = [_result(subject, target, workload) for subject in subjects]
     if output is not None:
         try:
@@ -252,6 +262,37 @@ def _measure(work: Workspace, driver: Driver, subject: _Subject, workload: Workl
     subject.startup_s = took_s - answer["elapsed_s"]
 
 
+def _witness(
+    work: Workspace,
+    driver: Driver,
+    target: str,
+    subject: _Subject,
+    workload: Workload,
+    pairs: int,
+    folder: Path,
+) -> None:
+    """Run the runtime's own benchmark tool in pairs with processes of ours; whatever it does, no cell fails of it."""
+    assert subject.inputs is not None
+    folder.mkdir()
+
+    def ours(inputs: Path, options: Mapping[str, Any]) -> witnesses.Times:
+        artifact = witnesses.with_options(subject.artifact, options)
+        twin = replace(
+            subject, artifact=artifact, inputs=inputs, wall=[], cpu=[], device=[], answers=[], warnings=[]
+        )
+        _measure(work, driver, twin, replace(workload, max_time_s=None), 0)
+        return witnesses.Times(twin.wall[0], twin.device[0])
+
+    asked = witnesses.Subject(
+        subject.artifact,
+        witnesses.finished_model(subject.artifact, subject.finish),
+        subject.label,
+        subject.inputs,
+        percentile(np.concatenate(subject.wall), 0.5),
+    )
+    subject.witness = witnesses.witness(driver, target, asked, workload, pairs, folder, ours)
+
+
 def _result(subject: _Subject, target: str, workload: Workload) -> dict[str, Any]:
     manifest = subject.manifest
     result: dict[str, Any] = {
@@ -271,6 +312,7 @@ def _result(subject: _Subject, target: str, workload: Workload) -> dict[str, Any
         "throughput_per_s": None,
         "finish": subject.finish,
         "memory": subject.memory,
+        "witness": subject.witness,
         "environment": None,
         "size_bytes": subject.artifact.path.stat().st_size
         if manifest is None

@@ -169,14 +169,18 @@ def benchmark(
     data: str | Path | None = None,
     preprocess: str | None = None,
     output: str | Path | None = None,
+    witness_pairs: int | None = None,
     timeout_s: float = TIMEOUT_S,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
     """Measure latency and memory of artifacts or bare files; what ``portcall bench --json`` prints.
 
     output: a folder for ``bench.json`` and the raw samples; where it cannot be written, "error" stands beside the
-    results.
+    results. witness_pairs: also run the runtime's own benchmark tool on the same file, in that many pairs with
+    processes of ours, "witness" of each result: see the documentation of witness.
     """
+    if witness_pairs is not None and witness_pairs < 1:
+        raise BadInput(f"witness_pairs is {witness_pairs}", "Give at least 1, or None for no witness")
     single = isinstance(artifacts_or_files, str | Path)
     specs = [artifacts_or_files] if single else list(artifacts_or_files)  # type: ignore[arg-type]  # narrowed by single
     with open_workspace(reporter or Reporter(False), timeout_s) as work:
@@ -187,6 +191,7 @@ def benchmark(
             workload or Workload(),
             _data(data, preprocess),
             None if output is None else Path(output),
+            witness_pairs,
         )
     answer: dict[str, Any] = {"schema": SCHEMA, "results": results}
     if unsaved is not None:

@@ -368,6 +368,14 @@ def _bench(commands: Any) -> None:
         metavar="S",
         help="cap per artifact over all processes, start-up included",
     )
+    parser.add_argument(
+        "--witness",
+        action="store_true",
+        help="also run the runtime's own benchmark tool on the same file, in pairs with our processes",
+    )
+    parser.add_argument(
+        "--witness-pairs", type=_count, default=10, metavar="N", help="pairs of --witness (default 10)"
+    )
     parser.add_argument("-o", "--output", metavar="DIR", help="folder for bench.json and the raw samples")
     parser.add_argument(
         "--allow-unavailable", action="store_true", help="exit 0 although a backend is not installed here"

@@ -185,6 +185,7 @@ def _run_bench(options: argparse.Namespace) -> tuple[dict[str, Any], str, int]:
         data=options.data,
         preprocess=options.preprocess,
         output=options.output,
+        witness_pairs=options.witness_pairs if options.witness else None,
         timeout_s=options.timeout,
         reporter=Reporter(True),
     )
@@ -192,7 +193,12 @@ def _run_bench(options: argparse.Namespace) -> tuple[dict[str, Any], str, int]:
     if "error" in answer:
         code = CELL_FAILED
         print(f"portcall: {answer['error']['message']}\n  {answer['error']['fix']}", file=sys.stderr)
-    return answer, bench_table(answer["results"]), code
+    text = bench_table(answer["results"])
+    if options.witness:
+        from portcall.bench.witness.report import witness_text
+
+        text += "\n\n" + witness_text(answer["results"])
+    return answer, text, code
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], tuple[dict[str, Any], str, int]]] = {

@@ -37,6 +37,9 @@ from portcall.targets.agent.errors import (
 from portcall.targets.agent.finishing import finished
 from portcall.targets.agent.measure import run_loop
 from portcall.targets.agent.parity import ParityAccumulator
+from portcall.targets.agent.tools import find_tool as find_tool  # a job too
+from portcall.targets.agent.tools import run_tool as run_tool
+from portcall.targets.agent.tools import write_array
 
 Progress = Callable[[int, Optional[int]], None]
 
@@ -305,3 +308,34 @@ def measure_memory(arguments: Mapping[str, Any], progress: Progress) -> Dict[str
         "model_bytes": loaded - costs["baseline_bytes"],
         "peak_bytes": peak,
     }
+
+
+def write_inputs(arguments: Mapping[str, Any], progress: Progress) -> List[Dict[str, Any]]:
+    """Write what ``measure`` binds as files that another tool reads: ``input_N`` and the suffix, in "directory".
+
+    suffix: ".npy", ".pb" (TensorProto), ".bin" (raw), or null to write none. Answers, in the runtime's order of inputs,
+    [{"name", "shape", "dtype", "is_dynamic", "file"}], shapes as bound.
+    """
+    artifact = Artifact.from_json(arguments["artifact"])
+    workload = Workload.from_json(arguments["workload"])
+    with _session(artifact, workload) as (session, _):
+        names = _Names(artifact, session)
+        arrays = _batch(session, names, _inputs(arguments["inputs"])[0], workload.batch)
+        bound = {t.name: to_runtime(t, arrays[t.source]) for t in names.inputs.values()}
+        answer = []
+        for number, spec in enumerate(session.inputs):
+            array = bound[spec.name]
+            file = None if arguments["suffix"] is None else f"input_{number}{arguments['suffix']}"
+            if file is not None:
+                write_array(os.path.join(arguments["directory"], file), spec.name, array)
+            is_dynamic = any(isinstance(d, str) for d in spec.shape)
+            answer.append(
+                {
+                    "name": spec.name,
+                    "shape": list(array.shape),
+                    "dtype": array.dtype.name,
+                    "is_dynamic": is_dynamic,
+                    "file": file,
+                }
+            )
+    return answer
