@@ -61,9 +61,9 @@ class CompiledModelSession(Session):
 
         found = {}
         for spec in self.outputs:
-            size = int(np.prod(spec.shape))
-            flat = np.asarray(self._written[spec.name].read(size, np.dtype(spec.dtype).type))
-            found[spec.name] = flat.reshape(spec.shape).copy()
+            shape = tuple(int(d) for d in spec.shape)
+            flat = np.asarray(self._written[spec.name].read(int(np.prod(shape)), np.dtype(spec.dtype).type))
+            found[spec.name] = flat.reshape(shape).copy()
         return found
 
 

@@ -42,8 +42,8 @@ def plan(case: Case) -> Plan:
         "-report_type", "no_counters", "-json_stats", "-report_folder", ".",
     )  # fmt: skip
     differences = (
-        "benchmark_app calls infer(), portcall start_async() and wait()",
-        "benchmark_app times inside the runtime (InferRequest.latency), portcall around the Python call",
+        "benchmark_app times inside the runtime (InferRequest.latency), portcall around the Python call of infer(), "
+        "which adds about 2 us",
         "benchmark_app warms up with one inference",
         "benchmark_app prints 0.01 ms, below 1 ms 0.01 us",
         "inputs lie in the runtime's memory for benchmark_app, in NumPy's for portcall; neither copies them in the "

@@ -242,7 +242,7 @@ def _compared(tool: Tool, mine: Sequence[Times], theirs: Sequence[Reading]) -> d
         "p50_ratio": ratio if by_median else None,
         "mean_ratio": None if by_median else ratio,
         "ci": None if interval is None else list(interval),
-        "verdict": verdict(float(np.median(their_values)), ratio, interval),
+        "verdict": verdict(float(np.median(their_values)), interval),
         "theirs": {
             "p50_ns": float(np.median(their_values)) if by_median else None,
             "mean_ns": float(np.mean(their_means)) if their_means else None,
@@ -262,7 +262,7 @@ def _compared(tool: Tool, mine: Sequence[Times], theirs: Sequence[Reading]) -> d
     }
 
 
-def verdict(their_ns: float, ratio: float, interval: tuple[float, float] | None) -> str:
+def verdict(their_ns: float, interval: tuple[float, float] | None) -> str:
     """Return "agrees" or "differs" where the interval says so, "undecided", or "not judged" for a small model."""
     if their_ns < JUDGED_FROM_NS:
         return "not judged"
