@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 
 from portcall.bench.witness.tool import Case, Output, Plan, Reading, Tool, unreadable
+from portcall.core import UnsupportedError
 
 NAME = "litert-benchmark"
 REPORT = "litert.json"
@@ -41,8 +42,13 @@ def read(output: Output) -> Reading:
         latency = json.loads(output.report or "{}").get("latency", {})
     except json.JSONDecodeError:
         latency = {}
-    if not latency.get("median_ms"):
+    if "median_ms" not in latency:
         raise unreadable(NAME, output)
+    if latency["median_ms"] <= 0:
+        raise UnsupportedError(
+            f"{NAME} prints 0.01 ms, and this inference takes less than half of that",
+            "Witness a larger model",
+        )
     others = {key: latency[name] * 1e6 for name, key in _KEYS.items() if name in latency}
     mean = latency.get("avg_ms")
     return Reading(

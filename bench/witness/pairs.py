@@ -152,7 +152,7 @@ def _prepare(
     place.mkdir(parents=True, exist_ok=True)
     path = subject.inputs if tool.suffix is not None else folder / "uniform.npz"
     if tool.suffix is None:
-        _write_uniform(subject.inputs, path, tool)
+        write_uniform(subject.inputs, path, tool)
     job = {
         "artifact": subject.artifact.to_json(),
         "workload": workload.to_json(),
@@ -168,7 +168,7 @@ def _prepare(
     return path, Case(subject.model, inputs, workload, subject.p50_ns, version, options)
 
 
-def _write_uniform(measured: Path, path: Path, tool: Tool) -> None:
+def write_uniform(measured: Path, path: Path, tool: Tool) -> None:
     """Write one sample of the kind that the tool makes itself, with the shapes of the measured inputs."""
     rng = np.random.default_rng(0)
     low, high = tool.values

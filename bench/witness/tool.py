@@ -95,7 +95,7 @@ class Tool:
     session: options with which our session uses the same interface of the runtime as the tool.
     clock: "wall", or "device" where it prints the device's own times.
     plan raises UnsupportedError for a case that the tool cannot run; read raises CellFailed for an output that holds
-    no latency.
+    no latency, UnsupportedError for an inference too short for the tool's digits.
     """
 
     name: str

@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
 import portcall.api
-from portcall.bench.witness.pairs import verdict
-from portcall.core import BadInput, Workload
+from portcall.bench.witness import litert, tflite
+from portcall.bench.witness.pairs import verdict, write_uniform
+from portcall.core import BadInput, UnsupportedError, Workload
 from tests.conftest import ROOT, Portcall
 from tests.processes import left_running, running
 
@@ -49,19 +52,47 @@ print(f"P50 Latency: {numpy.median(times):g} s")
 
 
 @pytest.fixture(scope="module")
-def artifacts(tmp_path_factory: pytest.TempPathFactory, tiny_onnx: Path) -> Path:
-    folder = tmp_path_factory.mktemp("a folder") / "out"
-    data = folder.parent / "data.npz"
-    np.savez(data, x=np.random.default_rng(1).standard_normal((24, 3, 16, 16)).astype(np.float32))
+def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A network of two convolutions: long enough for tools that print 0.01 ms."""
+    folder = tmp_path_factory.mktemp("a folder")
+    rng = np.random.default_rng(0)
+    weights = [
+        numpy_helper.from_array((rng.standard_normal(shape) / 8).astype(np.float32), name)
+        for name, shape in (("w1", (32, 3, 3, 3)), ("w2", (32, 32, 3, 3)))
+    ]
+    nodes = [
+        helper.make_node("Conv", ["x", "w1"], ["c"], "first", pads=[1, 1, 1, 1]),
+        helper.make_node("Conv", ["c", "w2"], ["d"], "second", pads=[1, 1, 1, 1]),
+        helper.make_node("GlobalAveragePool", ["d"], ["y"], "pool"),
+    ]
+    _save(folder / "two.onnx", nodes, [("x", TensorProto.FLOAT, ["n", 3, 64, 64])], ["n", 32, 1, 1], weights)
+    np.savez(folder / "data.npz", x=rng.standard_normal((12, 3, 64, 64)).astype(np.float32))
     answer = portcall.api.export(
-        tiny_onnx, ["onnxruntime:fp32", "openvino:fp32", "tflite:fp32"], folder, data=data
+        folder / "two.onnx",
+        ["onnxruntime:fp32", "openvino:fp32", "tflite:fp32"],
+        folder / "out",
+        data=folder / "data.npz",
     )
     assert [r["outcome"] for r in answer["results"]] == ["artifact"] * 3, answer
-    return folder
+    return folder / "out"
+
+
+def _save(path: Path, nodes: list[Any], inputs: list[Any], output: list[Any], weights: list[Any]) -> None:
+    graph = helper.make_graph(
+        nodes,
+        "net",
+        [helper.make_tensor_value_info(*value) for value in inputs],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, output)],
+        weights,
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), path)
 
 
 def program(path: Path, body: str) -> Path:
-    path.write_text(f"#!/bin/sh\nexec '{sys.executable}' - \"$@\" <<'END'\nimport sys\n{body}\nEND\n")
+    """Write an executable that runs *body*; *path* stands in its command line."""
+    script = path.with_suffix(".py")
+    script.write_text(f"import sys\n{body}\n")
+    path.write_text(f"#!/bin/sh\nexec '{sys.executable}' '{script}' \"$@\"\n")
     path.chmod(0o755)
     return path
 
@@ -105,7 +136,9 @@ def test_perf_test_gets_our_model_and_our_inputs(
 def test_a_tool_without_a_median_is_compared_by_the_mean(
     artifacts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    body = 'print("count=1 curr=9\\n\\ncount=9 first=9 curr=9 min=8 max=9 avg=8.5 std=1")\nprint("Inference (avg): 8.5")'
+    body = (
+        'print("count=1 curr=9\\n\\ncount=9 first=9 curr=9 min=8 max=9 avg=8.5 std=1\\nInference (avg): 8.5")'
+    )
     monkeypatch.setenv("PORTCALL_BENCHMARK_MODEL", str(program(tmp_path / "benchmark_model", body)))
     found = witnessed(artifacts / "tflite-fp32")
     assert (found["tool"], found["statistic"], found["p50_ratio"]) == ("benchmark_model", "mean", None)
@@ -140,8 +173,8 @@ def test_a_tool_that_fails_never_fails_the_measurement(
 def test_a_tool_that_hangs_is_ended(artifacts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tool = program(tmp_path / "hanging-tool", "import time; time.sleep(600)")
     monkeypatch.setenv("PORTCALL_ONNXRUNTIME_PERF_TEST", str(tool))
-    found = witnessed(artifacts / "onnxruntime-fp32", timeout_s=15.0)
-    assert found["outcome"] == "failed" and "no answer within 15 s" in found["reason"]
+    found = witnessed(artifacts / "onnxruntime-fp32", timeout_s=8.0)
+    assert found["outcome"] == "failed" and "no answer within 8 s" in found["reason"]
     assert not left_running("hanging-tool")
 
 
@@ -162,18 +195,41 @@ def test_a_backend_without_a_tool(identity_onnx: Path, tmp_path: Path) -> None:
 
 
 def test_integers_are_not_filled_with_random_values(tmp_path: Path) -> None:
-    answer = portcall.api.export(
-        "tests.models:two_inputs", "tflite:fp32", tmp_path / "out", data="tests.models:two_inputs_data"
+    np.savez(
+        tmp_path / "in.npz", features=np.zeros((4, 1, 3), np.float32), token_ids=np.zeros((4, 1, 7), np.int64)
     )
-    found = witnessed(Path(answer["results"][0]["path"]))
-    assert found["outcome"] == "unsupported" and "token_ids" in found["reason"]
+    with pytest.raises(UnsupportedError, match="token_ids"):
+        write_uniform(tmp_path / "in.npz", tmp_path / "out.npz", litert.TOOL)
+
+
+def test_floats_are_filled_as_the_tool_does(tmp_path: Path) -> None:
+    reference = {"reference/y": np.ones((4, 1), np.float32)}
+    np.savez(tmp_path / "in.npz", x=np.full((4, 1, 3, 50, 50), 7, np.float16), **reference)  # type: ignore[arg-type]
+    write_uniform(tmp_path / "in.npz", tmp_path / "out.npz", tflite.TOOL)
+    with np.load(tmp_path / "out.npz") as stored:
+        assert stored.files == ["x"]
+        x = stored["x"]
+    assert x.shape == (1, 1, 3, 50, 50) and x.dtype == np.float16
+    assert -0.5 <= x.min() < -0.45 and 0.45 < x.max() <= 0.5
 
 
 def test_two_inputs_of_which_one_is_integer(tmp_path: Path) -> None:
     """benchmark_app takes them from files, in their own types."""
-    answer = portcall.api.export(
-        "tests.models:two_inputs", "openvino:fp32", tmp_path / "out", data="tests.models:two_inputs_data"
+    rng = np.random.default_rng(0)
+    table = numpy_helper.from_array(rng.standard_normal((50, 4)).astype(np.float32), "table")
+    nodes = [
+        helper.make_node("Gather", ["table", "token_ids"], ["rows"], "look up"),
+        helper.make_node("MatMul", ["rows", "features"], ["y"], "multiply"),
+    ]
+    inputs = [("token_ids", TensorProto.INT64, ["n", 7]), ("features", TensorProto.FLOAT, ["n", 4, 2])]
+    _save(tmp_path / "two inputs.onnx", nodes, inputs, ["n", 7, 2], [table])
+    data = tmp_path / "data.npz"
+    np.savez(
+        data,
+        token_ids=rng.integers(0, 50, (12, 7)),
+        features=rng.standard_normal((12, 4, 2)).astype(np.float32),
     )
+    answer = portcall.api.export(tmp_path / "two inputs.onnx", "openvino:fp32", tmp_path / "out", data=data)
     found = witnessed(Path(answer["results"][0]["path"]))
     assert found["outcome"] == "compared", found["reason"]
     assert "i64" in found["command"] and "f32" in found["command"]
@@ -218,9 +274,10 @@ def test_ctrl_c_ends_the_tool_too(artifacts: Path, tmp_path: Path, monkeypatch: 
     deadline = time.monotonic() + 60
     while not running(mark) and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.1)
-    assert running(mark), "the tool never started"
+    started = running(mark)
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=30)
+    output, _ = process.communicate(timeout=60)
+    assert started, "the tool never started"
     assert process.returncode == 130
     assert json.loads(output)["error"]["kind"] == "interrupted"
     assert not left_running(mark)

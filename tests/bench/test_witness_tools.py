@@ -135,6 +135,11 @@ def test_litert_reads_its_report() -> None:
     assert found.n == 50 and found.mean_ns is not None and found.others["p95_ns"] >= found.p50_ns
 
 
+def test_litert_prints_too_few_digits_for_a_tiny_model() -> None:
+    with pytest.raises(UnsupportedError, match=r"0\.01 ms"):
+        litert.read(Output("", '{"latency": {"median_ms": 0.0}}'))
+
+
 def test_benchmark_app_keeps_the_types_of_several_inputs() -> None:
     arguments = openvino.plan(case()).arguments
     assert arguments[arguments.index("-iop") + 1] == "image:f32,token ids:i64"

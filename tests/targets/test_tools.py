@@ -61,7 +61,7 @@ def test_a_program_is_found_by_its_variable_or_in_path(
 def test_a_variable_that_names_no_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "text").write_text("no program")
     monkeypatch.setenv("MYTOOL", str(tmp_path / "text"))
-    with pytest.raises(UnavailableError, match="MYTOOL=.*text is no program"):
+    with pytest.raises(UnavailableError, match=r"MYTOOL=.*text is no program"):
         tools.find_tool(asked(), progress)
 
 
