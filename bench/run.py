@@ -273,7 +273,6 @@ def _witness(
 ) -> None:
     """Run the runtime's own benchmark tool in pairs with processes of ours; whatever it does, no cell fails of it."""
     assert subject.inputs is not None
-    folder.mkdir()
 
     def ours(inputs: Path, options: Mapping[str, Any]) -> witnesses.Times:
         artifact = witnesses.with_options(subject.artifact, options)
@@ -285,7 +284,6 @@ def _witness(
 
     asked = witnesses.Subject(
         subject.artifact,
-        witnesses.finished_model(subject.artifact, subject.finish),
         subject.label,
         subject.inputs,
         percentile(np.concatenate(subject.wall), 0.5),

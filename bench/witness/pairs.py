@@ -51,10 +51,9 @@ Ours = Callable[[Path, Mapping[str, Any]], Times]
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """What is witnessed. model: the file that the runtime loads. inputs: the npz of the measurement."""
+    """What is witnessed. inputs: the npz of the measurement. p50_ns: what that measured."""
 
     artifact: Artifact
-    model: Path
     label: str
     inputs: Path
     p50_ns: float
@@ -65,7 +64,7 @@ def witness(
 ) -> dict[str, Any]:
     """Return the "witness" object of the bench JSON; a tool that is missing or fails is an outcome in it.
 
-    folder: an empty one for the tool. Raises Interrupted alone.
+    folder: a new one for the tool. Raises Interrupted alone.
     """
     result: dict[str, Any] = {
         "outcome": "compared", "reason": None, "fix": None, "tool": None, "version": None, "command": None, "pairs": 0,
@@ -75,6 +74,7 @@ def witness(
     try:
         if target != "local":
             raise UnsupportedError(f"tools run on this machine alone, not on {target}", "Use --on local")
+        folder.mkdir(parents=True)
         known = tools_for(subject.artifact.backend)
         if not known:
             raise UnsupportedError(
@@ -162,10 +162,10 @@ def _prepare(
     }
     answer = driver.run("write_inputs", job, f"inputs for {tool.name}", subject.artifact.backend)
     inputs = tuple(
-        Input(i["name"], tuple(i["shape"]), i["dtype"], i["is_dynamic"], i["file"]) for i in answer
+        Input(i["name"], tuple(i["shape"]), i["dtype"], i["is_dynamic"], i["file"]) for i in answer["inputs"]
     )
     options = subject.artifact.options
-    return path, Case(subject.model, inputs, workload, subject.p50_ns, version, options)
+    return path, Case(Path(answer["model"]), inputs, workload, subject.p50_ns, version, options)
 
 
 def write_uniform(measured: Path, path: Path, tool: Tool) -> None:
@@ -274,12 +274,6 @@ def verdict(their_ns: float, interval: tuple[float, float] | None) -> str:
     if interval[1] < low or interval[0] > high:
         return "differs"
     return "undecided"
-
-
-def finished_model(artifact: Artifact, finish: Mapping[str, Any] | None) -> Path:
-    """Return the file that the runtime loads: what the device built of the artifact, else the artifact's own."""
-    path = (finish or {}).get("path")
-    return artifact.path if path is None else Path(path)
 
 
 def with_options(artifact: Artifact, options: Mapping[str, Any]) -> Artifact:
