@@ -5,7 +5,8 @@ SECONDS_PER_CELL ?= 12
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .PHONY: demo test lint clean bench bench-calibration bench-formats bench-micro bench-engines bench-tflite \
-  bench-compression bench-quantized bench-ladder bench-intervals bench-executorch bench-qnn bench-steady bench-overhead
+  bench-compression bench-quantized bench-ladder bench-intervals bench-executorch bench-qnn bench-steady bench-overhead \
+  bench-witness
 
 demo: .venv/installed
 	$(BIN)/python -m examples.demo --seconds $(SECONDS_PER_CELL)
@@ -19,7 +20,7 @@ lint: .venv/installed
 	$(BIN)/mypy
 
 bench: bench-calibration bench-formats bench-tflite bench-micro bench-engines bench-compression bench-quantized bench-ladder \
-  bench-intervals bench-executorch bench-qnn bench-steady bench-overhead
+  bench-intervals bench-executorch bench-qnn bench-steady bench-overhead bench-witness
 
 # Side by side with its peers, 100 and 500 images; fewer e.g. with BENCH_CALIBRATION="--images 100 --rounds 1".
 bench-calibration: .venv/installed
@@ -67,6 +68,10 @@ bench-executorch: .venv/installed
 
 bench-qnn: .venv/installed
 	$(BIN)/python -m benchmarks.qnn $(BENCH_QNN)
+
+# Our latency beside that of the runtimes' own tools; a quick look with BENCH_WITNESS="--models digits --pairs 3".
+bench-witness: .venv/installed
+	$(BIN)/python -m benchmarks.witness --json build/bench-witness/result.json $(BENCH_WITNESS)
 
 # torch first and pinned: it then takes a CPU build where one is at hand, and nothing pulls another.
 .venv/installed: pyproject.toml setup.py constraints.txt calibration/_histogram.c

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from portcall.bench.run import Bench, finish, measure_memory
+from portcall.bench.passes import Bench, finish, measure_memory
 from portcall.bench.sequential import fixed_interval
 from portcall.bench.subject import Subject, find_inputs, open_subject
 from portcall.bench.verdict import (
@@ -81,7 +81,7 @@ def run_compare(
     if options.metric not in METRICS:
         raise BadInput(f"no metric {options.metric!r}", f"There are: {', '.join(METRICS)}")
     started = time.monotonic()
-    bench = Bench(work, get_target(target).driver(work), options.workload)
+    bench = Bench(work, get_target(target).driver(work), target, options.workload)
     sides = [open_side(work, number, spec) for number, spec in enumerate((base, candidate))]
     for side in sides:
         prepare(bench, side, data)

@@ -16,9 +16,9 @@ from portcall.bench.modes_arrival import arrival_figures
 from portcall.bench.modes_cold import KEYS, cold_figures
 from portcall.bench.modes_sustained import sustained_figures
 from portcall.bench.modes_throughput import point_figures, throughput_figures
+from portcall.bench.passes import Bench, finish
 from portcall.bench.result import result_of
 from portcall.bench.rounds import attempt
-from portcall.bench.run import Bench, finish
 from portcall.bench.saving import check_output, save
 from portcall.bench.subject import Subject, find_inputs, open_subjects
 from portcall.core import (
@@ -95,7 +95,7 @@ def run_mode(
     if output is not None:
         check_output(output)
     every = [_Measured(subject) for subject in open_subjects(specs)]
-    bench = Bench(work, driver, workload)
+    bench = Bench(work, driver, target, workload)
     for measured in every:
         subject = measured.subject
         attempt(subject, partial(find_inputs, work, driver, subject, data, workload))

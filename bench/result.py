@@ -43,6 +43,9 @@ def result_of(subject: Subject, target: str, workload: Workload) -> dict[str, An
         "died": len(subject.deaths),
         "finish": subject.finish,
         "memory": subject.memory,
+        "energy": None,
+        "placement": None,
+        "witness": None,
         "environment": None,
         "size_bytes": subject.artifact.path.stat().st_size
         if manifest is None

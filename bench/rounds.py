@@ -44,7 +44,7 @@ def time_rounds(work: Workspace, driver: Driver, subjects: Sequence[Subject], wo
         if not todo:
             break
         for subject in todo:
-            attempt(subject, partial(_time, work, driver, subject, workload, number))
+            attempt(subject, partial(time_process, work, driver, subject, workload, number))
     for subject in subjects:
         if subject.error is None:
             _tell_deaths(subject)
@@ -72,7 +72,7 @@ def _width(subject: Subject) -> float | None:
     return relative_width(interval, float(np.median(np.concatenate(subject.wall))))
 
 
-def _time(work: Workspace, driver: Driver, subject: Subject, workload: Workload, number: int) -> None:
+def time_process(work: Workspace, driver: Driver, subject: Subject, workload: Workload, number: int) -> None:
     """Time one process; with a cap, it gets its share of what the processes before it left over."""
     start = time.monotonic()
     files = {k: work.folder / f"{k}-{subject.number}-{number}.npy" for k in ("wall", "cpu", "device")}

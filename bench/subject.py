@@ -60,6 +60,12 @@ class Subject:
         """SQNR of each sample that the artifact carries, as the export measured it."""
         return [] if self.manifest is None else list(self.manifest["samples"]["sqnr_db"])
 
+    def fresh(self, artifact: Artifact, inputs: Path) -> Subject:
+        """Return another subject that was not measured yet: *artifact* with *inputs*, else like this one."""
+        return Subject(
+            self.number, self.spec, artifact, self.manifest, self.label, self.environment, inputs=inputs
+        )
+
     def medians_ns(self) -> list[float]:
         """Return the P50 of each process that gave samples."""
         return [percentile(samples, 0.5) for samples in self.wall if samples.size]

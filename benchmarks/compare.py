@@ -32,8 +32,8 @@ from scipy.stats import beta
 
 import portcall
 from portcall.bench.compare import CompareOptions, measure_pair, open_side, prepare, should_stop
+from portcall.bench.passes import Bench
 from portcall.bench.report import align
-from portcall.bench.run import Bench
 from portcall.bench.sequential import fixed_interval, sequential_interval
 from portcall.bench.verdict import Pair, Ratio, judge, p50_ratio
 from portcall.progress import Reporter
@@ -90,7 +90,7 @@ def record(folder: Path, artifact: Path, name: str, rounds: int) -> None:
     place = folder / "pairs" / name
     place.mkdir(parents=True, exist_ok=True)
     with condition(name), open_workspace(Reporter(False), 600.0) as work:
-        bench = Bench(work, get_target("local").driver(work), OPTIONS.workload)
+        bench = Bench(work, get_target("local").driver(work), "local", OPTIONS.workload)
         sides = [open_side(work, number, str(artifact)) for number in range(2)]
         for side in sides:
             prepare(bench, side, None)

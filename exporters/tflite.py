@@ -208,7 +208,12 @@ def _spec(name: str, detail: Mapping[str, Any]) -> TensorSpec:
 
 @contextmanager
 def load(artifact: Artifact, workload: Workload) -> Iterator[Session]:
-    yield LiteRtSession(artifact.path, workload)
+    if artifact.options.get("api") == "compiled_model":  # asked for by bench --witness alone
+        from portcall.exporters._tflite_compiled import CompiledModelSession
+
+        yield CompiledModelSession(artifact.path, workload)
+    else:
+        yield LiteRtSession(artifact.path, workload)
 
 
 def contents(artifact: Artifact, shapes: Mapping[str, Tuple[int, ...]]) -> Contents:

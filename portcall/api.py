@@ -19,6 +19,7 @@ from portcall.bench.compare import CompareOptions, run_compare
 from portcall.bench.formats import check_write, write_results
 from portcall.bench.modes import Mode, get_mode
 from portcall.bench.modes_run import run_mode
+from portcall.bench.passes import Passes
 from portcall.bench.run import run_bench
 from portcall.bench.saved import load_all
 from portcall.calibrating import (
@@ -173,6 +174,7 @@ def benchmark(
     target: str = "local",
     workload: Workload | None = None,
     mode: str | Mode = "latency",
+    witness_pairs: int | None = None,
     data: str | Path | None = None,
     preprocess: str | None = None,
     output: str | Path | None = None,
@@ -184,6 +186,8 @@ def benchmark(
 
     mode: "latency", "throughput", "cold", "sustained", or one of ``portcall.bench.modes`` with its settings, such as
     ``Arrival(rate_per_s=100)``; its figures stand in the result's object of its name.
+    witness_pairs: also run the runtime's own benchmark tool on the same file, in that many pairs with processes of
+    ours: "witness" of each result, see the documentation of witness.
     output: a folder for ``bench.json`` and the raw samples. write: (format, file) pairs, as ``report`` writes them;
     "written" then lists them. Where something cannot be written, "error" stands beside the results.
     """
@@ -191,7 +195,9 @@ def benchmark(
         check_write(name, Path(path))
     single = isinstance(artifacts_or_files, str | Path)
     specs = [artifacts_or_files] if single else list(artifacts_or_files)  # type: ignore[arg-type]  # narrowed by single
-    chosen = get_mode(mode)
+    if witness_pairs is not None and witness_pairs < 1:
+        raise BadInput(f"witness_pairs is {witness_pairs}", "Give at least 1, or None for no witness")
+    chosen, wanted = get_mode(mode), Passes(witness_pairs=witness_pairs)
     written: list[dict[str, Any]] = []
     with contextlib.ExitStack() as stack:
         folder = None if output is None else Path(output)
@@ -200,7 +206,9 @@ def benchmark(
         with open_workspace(reporter or Reporter(False), timeout_s) as work:
             paths, given = [str(s) for s in specs], _data(data, preprocess)
             if chosen is None:
-                results, unsaved = run_bench(work, paths, target, workload or Workload(), given, folder)
+                results, unsaved = run_bench(
+                    work, paths, target, workload or Workload(), given, folder, wanted
+                )
             else:
                 planned = workload or Workload(processes=chosen.processes)
                 results, unsaved = run_mode(work, paths, target, planned, chosen, given, folder)

@@ -380,6 +380,14 @@ def _bench(commands: Any) -> None:
         help="cap per artifact over all processes, start-up included",
     )
     add_runner_options(parser)
+    parser.add_argument(
+        "--witness",
+        action="store_true",
+        help="also run the runtime's own benchmark tool on the same file, in pairs with our processes",
+    )
+    parser.add_argument(
+        "--witness-pairs", type=_count, default=10, metavar="N", help="pairs of --witness (default 10)"
+    )
     parser.add_argument("-o", "--output", metavar="DIR", help="folder for bench.json and the raw samples")
     parser.add_argument(
         "--write",

@@ -195,6 +195,7 @@ def _run_bench(options: argparse.Namespace) -> tuple[dict[str, Any], str, int]:
         target=options.on,
         workload=workload,
         mode=mode,
+        witness_pairs=options.witness_pairs if options.witness else None,
         data=options.data,
         preprocess=options.preprocess,
         output=options.output,
@@ -204,6 +205,10 @@ def _run_bench(options: argparse.Namespace) -> tuple[dict[str, Any], str, int]:
     )
     code = _code(answer["results"], options.allow_unavailable)
     text = (bench_table if mode == "latency" else mode_table)(answer["results"])
+    if options.witness:
+        from portcall.bench.witness.report import witness_text
+
+        text += "\n\n" + witness_text(answer["results"])
     if answer.get("written"):
         text += "\n\n" + _written(answer["written"])
     if "error" in answer:

@@ -37,6 +37,9 @@ from portcall.targets.agent.errors import (
 )
 from portcall.targets.agent.finishing import finished
 from portcall.targets.agent.parity import ParityAccumulator
+from portcall.targets.agent.tools import find_tool as find_tool  # a job too
+from portcall.targets.agent.tools import run_tool as run_tool
+from portcall.targets.agent.tools import write_array
 
 Progress = Callable[[int, Optional[int]], None]
 
@@ -318,3 +321,34 @@ def measure_memory(arguments: Mapping[str, Any], progress: Progress) -> Dict[str
         "peak_bytes": peak,
         "available_bytes": available,
     }
+
+
+def write_inputs(arguments: Mapping[str, Any], progress: Progress) -> Dict[str, Any]:
+    """Write what ``measure`` binds as files that another tool reads: ``input_N`` and the suffix, in "directory".
+
+    suffix: ".npy", ".pb" (TensorProto), ".bin" (raw), or null to write none. Answers {"model": the file that is loaded
+    here, which ``finish`` may have built, "inputs": [{"name", "shape", "dtype", "is_dynamic", "file"}]} in the
+    runtime's order, shapes as bound.
+    """
+    workload = Workload.from_json(arguments["workload"])
+    backend, artifact, _ = ready(Artifact.from_json(arguments["artifact"]), workload)
+    inputs = []
+    with backend.load(artifact, workload) as session:
+        names = _Names(artifact, session)
+        arrays = _batch(session, names, _inputs(arguments["inputs"])[0], workload.batch)
+        bound = {t.name: to_runtime(t, arrays[t.source]) for t in names.inputs.values()}
+        for number, spec in enumerate(session.inputs):
+            array = bound[spec.name]
+            file = None if arguments["suffix"] is None else f"input_{number}{arguments['suffix']}"
+            if file is not None:
+                write_array(os.path.join(arguments["directory"], file), spec.name, array)
+            inputs.append(
+                {
+                    "name": spec.name,
+                    "shape": list(array.shape),
+                    "dtype": array.dtype.name,
+                    "is_dynamic": any(isinstance(d, str) for d in spec.shape),
+                    "file": file,
+                }
+            )
+    return {"model": str(artifact.finished or artifact.path), "inputs": inputs}

@@ -9,7 +9,7 @@ import pytest
 
 import portcall.api
 import portcall.exporters
-from portcall.bench.run import check_room
+from portcall.bench.passes import check_room
 from portcall.core import CellFailed, Workload
 from portcall.targets.agent.errors import BadInput
 
