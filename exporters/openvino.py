@@ -29,6 +29,7 @@ from portcall.targets.agent.contract import (
 )
 from portcall.targets.agent.errors import CellFailed, UnsupportedError
 from portcall.targets.agent.probing import probe_modules
+from portcall.targets.agent.profiling import Profiler
 
 
 def probe(role: str) -> Union[Available, Unavailable]:
@@ -87,14 +88,8 @@ class OpenVinoSession(Session):
     def __init__(self, artifact: Artifact, workload: Workload) -> None:
         import openvino as ov
 
-        config = {
-            "INFERENCE_PRECISION_HINT": "f32",
-            "INFERENCE_NUM_THREADS": workload.threads,
-            "NUM_STREAMS": 1,
-            "PERFORMANCE_HINT": "LATENCY",
-        }
         self._ov = ov
-        self.compiled = ov.Core().compile_model(str(artifact.path), "CPU", config)
+        self.compiled = ov.Core().compile_model(str(artifact.path), "CPU", self._config(workload))
         precision = self.compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
         if precision != "f32":
             raise CellFailed(
@@ -109,6 +104,14 @@ class OpenVinoSession(Session):
             "runtime": f"openvino {ov.__version__}",
             "threads": int(self.compiled.get_property("INFERENCE_NUM_THREADS")),
             "inference_precision": precision,
+        }
+
+    def _config(self, workload: Workload) -> Dict[str, Any]:
+        return {
+            "INFERENCE_PRECISION_HINT": "f32",
+            "INFERENCE_NUM_THREADS": workload.threads,
+            "NUM_STREAMS": 1,
+            "PERFORMANCE_HINT": "LATENCY",
         }
 
     def set_inputs(self, arrays: Mapping[str, Any]) -> None:
@@ -204,6 +207,13 @@ def trace(artifact: Artifact, workload: Workload) -> Iterator[Trace]:
     yield OpenVinoTrace(artifact, workload.threads)
 
 
+@contextmanager
+def profile(artifact: Artifact, workload: Workload) -> Iterator[Profiler]:
+    from portcall.exporters._profile_openvino import OpenVinoProfiler
+
+    yield OpenVinoProfiler(artifact, workload)
+
+
 EXAMPLE = '''"""Run this artifact with OpenVINO alone: pip install openvino numpy"""
 import pathlib
 
@@ -245,4 +255,5 @@ BACKEND = Backend(
     contents=contents,
     example=EXAMPLE,
     trace=trace,
+    profile=profile,
 )

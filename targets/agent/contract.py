@@ -25,6 +25,7 @@ from typing import (
 
 if TYPE_CHECKING:
     from portcall.targets.agent.contents import Contents
+    from portcall.targets.agent.profiling import Profiler
 
 Dim = Union[int, str]
 """A dimension: a fixed size, or the name of a dynamic one."""
@@ -503,6 +504,7 @@ class Backend:
     interpret: like load, for a backend whose runtime is not at hand where it exports: runs the portable part of the
     artifact with another runtime. ``verify`` falls back on it and labels the parity; ``bench`` never uses it.
     trace: shows the intermediate tensors of an artifact, for ``debug``; without it only the outputs are compared.
+    profile: like load, with the runtime's profiler on; tells which unit runs which operator. Without it no placement.
     example: the text of an ``example.py`` that needs only the runtime; @ENTRY@ stands for the file to load, @COMMON@
     for what defines ``here``, ``samples`` and ``show(name, value)``.
     """
@@ -520,3 +522,4 @@ class Backend:
     finish: Optional[Callable[[Artifact, Workload, Path], str]] = None
     contents: Optional[Callable[[Artifact, Mapping[str, Tuple[int, ...]]], Contents]] = None
     trace: Optional[Callable[[Artifact, Workload], ContextManager[Trace]]] = None
+    profile: Optional[Callable[[Artifact, Workload], ContextManager[Profiler]]] = None

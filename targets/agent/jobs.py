@@ -305,3 +305,10 @@ def measure_memory(arguments: Mapping[str, Any], progress: Progress) -> Dict[str
         "model_bytes": loaded - costs["baseline_bytes"],
         "peak_bytes": peak,
     }
+
+
+def profile(arguments: Mapping[str, Any], progress: Progress) -> Dict[str, Any]:
+    """Profile the operators in a process of its own: see ``profiling.profile``."""
+    from portcall.targets.agent import profiling
+
+    return profiling.profile(arguments, progress)
