@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from portcall import artifact as artifacts
+from portcall.bench.placement import judge, no_placement, placement_of
 from portcall.bench.statistics import percentile, summarize
 from portcall.core import (
     Artifact,
@@ -21,6 +22,7 @@ from portcall.core import (
     Outcome,
     PortcallError,
     TensorSpec,
+    UnsupportedError,
     Workload,
     outcome_of,
 )
@@ -43,6 +45,7 @@ class _Subject:
     error: PortcallError | None = None
     finish: dict[str, Any] | None = None
     memory: dict[str, Any] | None = None
+    placement: dict[str, Any] | None = None
     wall: list[np.ndarray[Any, Any]] = field(default_factory=list)
     cpu: list[np.ndarray[Any, Any]] = field(default_factory=list)
     device: list[np.ndarray[Any, Any]] = field(default_factory=list)
@@ -64,12 +67,15 @@ def run_bench(
     workload: Workload,
     data: DataArgument | None = None,
     output: Path | None = None,
+    placement: bool = True,
+    min_placement: Mapping[str, float] | None = None,
 ) -> tuple[list[dict[str, Any]], PortcallError | None]:
     """Measure every spec (artifact folder or bare file); return the ``results`` of the JSON contract, and the error
     of saving them: what was measured is never lost to a full disk.
 
     One process each reads memory; then rounds of one process each (A B C A B C ...) are timed, so that drift hits
-    all alike. output: a folder for ``bench.json`` and the raw samples. Raises BadInput for unusable specs.
+    all alike; one process each is profiled for the placement. output: a folder for ``bench.json`` and the raw samples.
+    min_placement: "operators" or "time" -> the least share on the intended unit. Raises BadInput for unusable specs.
     """
     driver = get_target(target).driver(work)
     if output is not None:
@@ -85,7 +91,9 @@ def run_bench(
     for number in range(workload.processes):
         for subject in subjects:
             _attempt(subject, partial(_measure, work, driver, subject, workload, number))
-    results = [_result(subject, target, workload) for subject in subjects]
+    for subject in subjects:
+        _attempt(subject, partial(_place, driver, subject, workload, placement))
+    results = [_result(subject, target, workload, min_placement or {}) for subject in subjects]
     if output is not None:
         try:
             _save(output, subjects, results)
@@ -233,6 +241,20 @@ def _measure_memory(driver: Driver, subject: _Subject, workload: Workload) -> No
     subject.memory = driver.run("measure_memory", job, f"memory {subject.label}", subject.artifact.backend)
 
 
+def _place(driver: Driver, subject: _Subject, workload: Workload, wanted: bool) -> None:
+    """Find out which operators run where; what cannot be told costs no measurement."""
+    backend = subject.artifact.backend
+    try:
+        if not wanted:
+            raise UnsupportedError("it was not asked for (--no-placement)")
+        if get_backend(backend).profile is None:
+            raise UnsupportedError(f"portcall has no profile of {backend}")
+        label = f"placement of {subject.label}"
+        subject.placement = placement_of(driver.run("profile", _job(subject, workload), label, backend))
+    except PortcallError as error:
+        subject.placement = no_placement(error)
+
+
 def _measure(work: Workspace, driver: Driver, subject: _Subject, workload: Workload, number: int) -> None:
     """Time one process; with a cap, it gets its share of what the processes before it left over."""
     start = time.monotonic()
@@ -252,7 +274,9 @@ def _measure(work: Workspace, driver: Driver, subject: _Subject, workload: Workl
     subject.startup_s = took_s - answer["elapsed_s"]
 
 
-def _result(subject: _Subject, target: str, workload: Workload) -> dict[str, Any]:
+def _result(
+    subject: _Subject, target: str, workload: Workload, min_placement: Mapping[str, float]
+) -> dict[str, Any]:
     manifest = subject.manifest
     result: dict[str, Any] = {
         "artifact": subject.spec,
@@ -271,6 +295,7 @@ def _result(subject: _Subject, target: str, workload: Workload) -> dict[str, Any
         "throughput_per_s": None,
         "finish": subject.finish,
         "memory": subject.memory,
+        "placement": subject.placement,
         "environment": None,
         "size_bytes": subject.artifact.path.stat().st_size
         if manifest is None
@@ -280,12 +305,7 @@ def _result(subject: _Subject, target: str, workload: Workload) -> dict[str, Any
         "warnings": subject.warnings,
     }
     if subject.error is not None:
-        result.update(
-            outcome=outcome_of(subject.error).value,
-            error_kind=subject.error.kind,
-            reason=subject.error.message,
-            fix=subject.error.fix or None,
-        )
+        result.update(_ending(subject.error))
         return result
     latency, warnings = summarize(subject.wall)
     result["latency"] = latency
@@ -297,7 +317,20 @@ def _result(subject: _Subject, target: str, workload: Workload) -> dict[str, Any
     result["throughput_per_s"] = workload.batch * 1e9 / latency["mean_ns"]
     result["environment"] = subject.answers[-1]["environment"]
     result["warnings"] = [*subject.warnings, *warnings]
+    if subject.placement is not None:
+        broken = judge(subject.placement, min_placement)
+        if broken is not None:  # what was measured stays
+            result.update(_ending(broken))
     return result
+
+
+def _ending(error: PortcallError) -> dict[str, Any]:
+    return {
+        "outcome": outcome_of(error).value,
+        "error_kind": error.kind,
+        "reason": error.message,
+        "fix": error.fix or None,
+    }
 
 
 def _save(output: Path, subjects: Sequence[_Subject], results: Sequence[Mapping[str, Any]]) -> None:

@@ -154,14 +154,17 @@ class ProfiledModel:
                 "LiteRtCreateManagedTensorBufferFromRequirements", self._environment, kind, needs
             )
             size = call.size("LiteRtGetTensorBufferPackedSize", buffer)
-            found.append(Port((name.value or b"").decode(), (tensor_name.value or b"").decode(), buffer, size))
+            found.append(
+                Port((name.value or b"").decode(), (tensor_name.value or b"").decode(), buffer, size)
+            )
         return found
 
     def write(self, port: Port, data: bytes) -> None:
         """Copy *data* into an input's buffer. Raises CellFailed where it has another size."""
         if len(data) != port.size_bytes:
             raise CellFailed(
-                f"input {port.name!r} takes {port.size_bytes} bytes, not {len(data)}", "Export it again with --shape"
+                f"input {port.name!r} takes {port.size_bytes} bytes, not {len(data)}",
+                "Export it again with --shape",
             )
         address = self._lock(port, WRITE)
         ctypes.memmove(address, data, len(data))

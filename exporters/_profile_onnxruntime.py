@@ -22,7 +22,18 @@ FLOATS = ("float", "float16", "bfloat16", "double")
 QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 CONTROL = ("If", "Loop", "Scan", "SequenceMap")
 """Operators whose time contains that of the operators in their bodies."""
-PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul", "FusedConv", "FusedGemm", "FusedMatMul", "LSTM", "GRU", "Attention")
+PRODUCTS = (
+    "Conv",
+    "ConvTranspose",
+    "Gemm",
+    "MatMul",
+    "FusedConv",
+    "FusedGemm",
+    "FusedMatMul",
+    "LSTM",
+    "GRU",
+    "Attention",
+)
 DYNAMIC = (
     "DynamicQuantizeLinear", "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "ConvInteger", "MatMulInteger",
     "DynamicQuantizeLSTM",
@@ -148,7 +159,11 @@ def _placed(
                 time_ns=1e3 * (times.of(arguments["node_index"]) or 0.0),
             )
         )
-    notes = () if all(matched) else ("some kernels could not be found in the optimized graph: no layers for them",)
+    notes = (
+        ()
+        if all(matched)
+        else ("some kernels could not be found in the optimized graph: no layers for them",)
+    )
     return Placed(_UNITS[style], tuple(operators), METHOD, notes=notes)
 
 

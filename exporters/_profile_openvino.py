@@ -18,7 +18,18 @@ REFERENCE = "ref"
 """Begins the name of a plain C++ kernel, written to be right and not to be fast."""
 INTEGERS = ("u8", "i8")
 NO_WORK = ("Const", "Input", "Output", "Parameter", "Result")
-MOVING = ("Reorder", "Reshape", "Transpose", "Concat", "Split", "StridedSlice", "Gather", "ShapeOf", "Broadcast", "Tile")
+MOVING = (
+    "Reorder",
+    "Reshape",
+    "Transpose",
+    "Concat",
+    "Split",
+    "StridedSlice",
+    "Gather",
+    "ShapeOf",
+    "Broadcast",
+    "Tile",
+)
 METHOD = (
     "OpenVINO's performance counters (PERF_COUNT): mean real time of each executed node over all inferences, "
     "in whole microseconds rounded down"
@@ -50,9 +61,12 @@ class OpenVinoProfiler(OpenVinoSession, Profiler):
     def placed(self) -> Placed:
         model = self._ov.Core().read_model(str(self._artifact.path))
         nodes = {
-            str(node.get_friendly_name()): node for node in self.compiled.get_runtime_model().get_ordered_ops()
+            str(node.get_friendly_name()): node
+            for node in self.compiled.get_runtime_model().get_ordered_ops()
         }
-        infos = {name: {k: str(v.astype(str)) for k, v in n.get_rt_info().items()} for name, n in nodes.items()}
+        infos = {
+            name: {k: str(v.astype(str)) for k, v in n.get_rt_info().items()} for name, n in nodes.items()
+        }
         integer = self._artifact.precision == "int8" or any(
             op.get_type_name() == "FakeQuantize" for op in model.get_ordered_ops()
         )
@@ -95,8 +109,10 @@ def _reason(
     if precision not in ("f32", "f16", "bf16"):  # arithmetic on shapes and indices
         return None
     if kind == "FakeQuantize":
-        return None if _reads_input(nodes[name], infos) else (
-            "quantizes inside of the graph: what comes before it ends in floats"
+        return (
+            None
+            if _reads_input(nodes[name], infos)
+            else ("quantizes inside of the graph: what comes before it ends in floats")
         )
     return f"computes in {precision}"
 
@@ -130,7 +146,14 @@ def _owners(model: Any) -> Dict[str, str]:
             continue
         for index in range(op.get_input_size()):
             node = op.input_value(index).get_node()
-            while node.get_type_name() in ("Convert", "FakeQuantize", "Reshape", "Multiply", "Subtract", "Transpose"):
+            while node.get_type_name() in (
+                "Convert",
+                "FakeQuantize",
+                "Reshape",
+                "Multiply",
+                "Subtract",
+                "Transpose",
+            ):
                 node = node.input_value(0).get_node()
             name = owner(str(node.get_friendly_name())) if node.get_type_name() == "Constant" else None
             if name is not None:
@@ -149,4 +172,12 @@ def _layers(original: str, owners: Mapping[str, str]) -> Tuple[str, ...]:
 def _is_made_up(name: str) -> bool:
     """``Multiply_4492``: an operator that OpenVINO's own passes added."""
     kind, _, number = name.rpartition("_")
-    return number.isdigit() and kind in ("Multiply", "Add", "Subtract", "Convert", "Constant", "Reshape", "FakeQuantize")
+    return number.isdigit() and kind in (
+        "Multiply",
+        "Add",
+        "Subtract",
+        "Convert",
+        "Constant",
+        "Reshape",
+        "FakeQuantize",
+    )

@@ -17,7 +17,9 @@ from portcall.targets.agent.profiling import Operator, Placed, Profiler, Times
 
 UNIT = "XNNPACK"
 BUILTIN = "LiteRT's own kernels"
-METHOD = "LiteRT's profiler through its C API with XNNPACK on: whole microseconds of each kernel, rounded down"
+METHOD = (
+    "LiteRT's profiler through its C API with XNNPACK on: whole microseconds of each kernel, rounded down"
+)
 FAMILIES: Mapping[str, Tuple[str, ...]] = {
     "Convolution": ("CONV_2D", "DEPTHWISE_CONV_2D"),
     "Deconvolution": ("TRANSPOSE_CONV",),
@@ -70,11 +72,14 @@ class LiteRtProfiler(LiteRtSession, Profiler):
         by_name = {p.name: p for p in self._model.inputs}
         by_tensor = {p.tensor: p for p in self._model.inputs}
         self._bound = {
-            name: by_name.get(name) or by_tensor.get(str(detail["name"])) for name, detail in self._inputs.items()
+            name: by_name.get(name) or by_tensor.get(str(detail["name"]))
+            for name, detail in self._inputs.items()
         }
         lost = [name for name, port in self._bound.items() if port is None]
         if lost:
-            raise UnsupportedError(f"LiteRT's library names no input {lost[0]!r}", "Give the inputs a signature")
+            raise UnsupportedError(
+                f"LiteRT's library names no input {lost[0]!r}", "Give the inputs a signature"
+            )
         self.forget()
 
     def set_inputs(self, arrays: Mapping[str, Any]) -> None:

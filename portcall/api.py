@@ -14,6 +14,8 @@ import numpy as np
 
 from portcall import artifact as artifacts
 from portcall.accuracy import Accuracy
+from portcall.bench.placement import BUDGETS
+from portcall.bench.profile import run_profile
 from portcall.bench.run import run_bench
 from portcall.calibrating import (
     MEMORY_BYTES,
@@ -169,13 +171,17 @@ def benchmark(
     data: str | Path | None = None,
     preprocess: str | None = None,
     output: str | Path | None = None,
+    placement: bool = True,
+    min_placement: Mapping[str, float] | None = None,
     timeout_s: float = TIMEOUT_S,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
     """Measure latency and memory of artifacts or bare files; what ``portcall bench --json`` prints.
 
     output: a folder for ``bench.json`` and the raw samples; where it cannot be written, "error" stands beside the
-    results.
+    results. placement: profile one more process of each, to tell which operators run where. min_placement:
+    "operators" or "time" -> the least share (0 to 1) on the intended unit; a result below it is a failed one with
+    error_kind "budget", and keeps its figures.
     """
     single = isinstance(artifacts_or_files, str | Path)
     specs = [artifacts_or_files] if single else list(artifacts_or_files)  # type: ignore[arg-type]  # narrowed by single
@@ -187,11 +193,56 @@ def benchmark(
             workload or Workload(),
             _data(data, preprocess),
             None if output is None else Path(output),
+            placement,
+            _budgets(min_placement, placement),
         )
     answer: dict[str, Any] = {"schema": SCHEMA, "results": results}
     if unsaved is not None:
         answer["error"] = {"kind": unsaved.kind, "message": unsaved.message, "fix": unsaved.fix or None}
     return answer
+
+
+def _budgets(given: Mapping[str, float] | None, placement: bool) -> dict[str, float]:
+    """Return the budgets on placement. Raises BadInput for one that cannot be kept or judged."""
+    found = dict(given or {})
+    for word, least in found.items():
+        if word not in BUDGETS or not 0 <= least <= 1:
+            raise BadInput(
+                f"min_placement has {word}={least}", f"Give a share from 0 to 1 for {' or '.join(BUDGETS)}"
+            )
+    if found and not placement:
+        raise BadInput("a budget on placement needs the placement", "Leave out --no-placement")
+    return found
+
+
+def profile(
+    artifact_or_file: str | Path,
+    *,
+    target: str = "local",
+    workload: Workload | None = None,
+    data: str | Path | None = None,
+    preprocess: str | None = None,
+    output: str | Path | None = None,
+    timeout_s: float = TIMEOUT_S,
+    reporter: Reporter | None = None,
+) -> dict[str, Any]:
+    """Profile an artifact or a bare file operator by operator; what ``portcall profile --json`` prints.
+
+    output: a folder for ``profile.json``, ``profile.svg`` and ``profile.png``. Returns {"schema", "operators":
+    [{"name", "operator", "kernel", "unit", "layers", "time_ns", "share", "cumulative", ...}], "coverage", "overhead",
+    "placement", ...}: see the documentation of placement. Raises BadInput for what is no artifact, UnsupportedError
+    for a backend that tells nothing of its operators.
+    """
+    with open_workspace(reporter or Reporter(False), timeout_s) as work:
+        answer = run_profile(
+            work,
+            str(artifact_or_file),
+            target,
+            workload or Workload(),
+            _data(data, preprocess),
+            None if output is None else Path(output),
+        )
+    return {"schema": SCHEMA, **answer}
 
 
 def calibrate(
