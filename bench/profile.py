@@ -1,4 +1,4 @@
-"""``portcall profile``: what each operator of an artifact or bare file takes, on which unit, and how much that explains."""
+"""``portcall profile``: what each operator of an artifact or bare file takes, on which unit, and what that explains."""
 
 from __future__ import annotations
 
@@ -87,7 +87,8 @@ def summary(found: Mapping[str, Any], plain_ns: float) -> dict[str, Any]:
     """Return the figures of a profile from what the job ``profile`` answered.
 
     {"unit", "method", "inferences", "p50_ns": without the profiler, "profiled_p50_ns", "overhead": profiled / plain,
-    "sum_ns": of the operators' times, "coverage": sum / profiled, "operators": by time, the longest first, each with
+    "mean_ns": of the profiled inferences over which the operators' times are means, "sum_ns": of these times,
+    "coverage": sum / mean, "operators": by time, the longest first, each with
     "share" of the sum and "cumulative"}. Shares are None where the profiler saw no time.
     """
     total = sum(o["time_ns"] or 0.0 for o in found["operators"])
@@ -109,8 +110,9 @@ def summary(found: Mapping[str, Any], plain_ns: float) -> dict[str, Any]:
         "p50_ns": plain_ns,
         "profiled_p50_ns": found["p50_ns"],
         "overhead": found["p50_ns"] / plain_ns,
+        "mean_ns": found["mean_ns"],
         "sum_ns": total if timed else None,
-        "coverage": total / found["p50_ns"] if timed else None,
+        "coverage": total / found["mean_ns"] if timed else None,
         "operators": operators,
     }
 
@@ -210,6 +212,6 @@ def _worth(answer: Mapping[str, Any]) -> list[str]:
         return [text, f"no times: {answer['placement']['reason']}"]
     return [
         text,
-        f"coverage: the operators' times add up to {answer['sum_ns'] / 1e6:.3g} ms, {100 * answer['coverage']:.0f} % of "
-        "the profiled inference",
+        f"coverage: the operators' times add up to {answer['sum_ns'] / 1e6:.3g} ms, {100 * answer['coverage']:.0f} % "
+        f"of the {answer['mean_ns'] / 1e6:.3g} ms that the same inferences took",
     ]

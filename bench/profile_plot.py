@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -48,7 +47,7 @@ def plot(answer: Mapping[str, Any], output: Path) -> dict[str, Any]:
         part = output / f".profile.{suffix}.part"
         try:
             part.write_bytes(stream.getvalue())
-            os.replace(part, path)
+            part.replace(path)
         finally:
             part.unlink(missing_ok=True)
         files.append(str(path))

@@ -40,7 +40,10 @@ DYNAMIC = (
 )  # fmt: skip
 """Integer kernels that quantize activations at run time; some of them end in floats."""
 INTEGER = re.compile(r"^(QLinear|QGemm|QAttention|QMoE|QOrdered|QEmbed|Q(Conv|Gather|Softmax|Where|Concat))")
-METHOD = "onnxruntime's profiler (enable_profiling), times of each kernel of the optimized graph; a fused node holds several"
+METHOD = (
+    "onnxruntime's profiler (enable_profiling): each kernel of the optimized graph, in whole microseconds; a fused node "
+    "holds several operators"
+)
 
 
 class Node:
@@ -74,13 +77,13 @@ class OnnxRuntimeProfiler(OnnxRuntimeSession, Profiler):
     def forget(self) -> None:
         self._dropped = self._runs
 
-    def placed(self) -> Placed:
+    def placed(self, numbers: Sequence[int]) -> Placed:
         events = json.loads(Path(self._session.end_profiling()).read_text(encoding="utf-8"))
         inputs, nodes = _graph(self._folder / "optimized.onnx")
         _, written = _graph(self._artifact.path)
         # The runs that a check of the inputs or the runtime itself adds come first.
         runs = _runs(events)[-(self._runs - self._dropped) :]
-        return _placed(runs, nodes, written, inputs, self._artifact.precision)
+        return _placed(runs, numbers, nodes, written, inputs, self._artifact.precision)
 
 
 def _graph(path: Path) -> Tuple[Set[str], List[Node]]:
@@ -129,14 +132,15 @@ def _top_level(run: Sequence[Mapping[str, Any]]) -> List[Mapping[str, Any]]:
 
 def _placed(
     runs: Sequence[Sequence[Mapping[str, Any]]],
+    numbers: Sequence[int],
     nodes: Sequence[Node],
     written: Sequence[Node],
     inputs: Set[str],
     precision: str,
 ) -> Placed:
-    runs = [r for r in runs if r]  # the profiler stops at a million events
     times = Times([_sums(run) for run in runs])
-    first = list({e["args"]["node_index"]: e for e in (runs[0] if runs else [])}.values())
+    numbers = [i for i in numbers if i < len(runs) and runs[i]]  # the profiler stops at a million events
+    first = list({e["args"]["node_index"]: e for e in (runs[numbers[0]] if numbers else [])}.values())
     matched = _matched(first, nodes)
     kinds = {e["args"]["op_name"] for e in first}
     style = _style(kinds, precision)
@@ -156,7 +160,7 @@ def _placed(
                 on_unit=reason is None,
                 reason=reason,
                 layers=layers.of(node, name),
-                time_ns=1e3 * (times.of(arguments["node_index"]) or 0.0),
+                time_ns=times.mean(arguments["node_index"], numbers),
             )
         )
     notes = (
@@ -171,7 +175,7 @@ def _sums(run: Sequence[Mapping[str, Any]]) -> Dict[str, float]:
     found: Dict[str, float] = {}
     for event in run:
         index = event["args"]["node_index"]
-        found[index] = found.get(index, 0.0) + float(event["dur"])
+        found[index] = found.get(index, 0.0) + 1e3 * event["dur"]
     return found
 
 

@@ -1,13 +1,13 @@
 """The per-operator profile of OpenVINO's CPU plugin: its performance counters, and the graph that it executes.
 
-Tried with openvino 2026.4: ``PERF_COUNT`` gives whole microseconds per node (rounded down), the mean over all inferences
-since the model was compiled; the first, cold ones are in it. The runtime model gives the layer's type, the primitive
-(``brgconv_avx512_amx_I8``), the precision and the names of the operators that went into it.
+Tried with openvino 2026.4: ``PERF_COUNT`` gives whole microseconds per node (rounded down), the mean over all
+inferences since the model was compiled, the first, cold ones among them. The runtime model gives the layer's type, the
+primitive (``brgconv_avx512_amx_I8``), the precision and the names of the operators that went into it.
 """
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Mapping, Optional, Set, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Set, Tuple
 
 from portcall.exporters.openvino import OpenVinoSession
 from portcall.targets.agent.contract import Artifact, Workload
@@ -58,7 +58,7 @@ class OpenVinoProfiler(OpenVinoSession, Profiler):
                 row[info.node_name] = max(row.get(info.node_name, 0.0), 1e9 * info.real_time.total_seconds())
         self._means = row
 
-    def placed(self) -> Placed:
+    def placed(self, numbers: Sequence[int]) -> Placed:
         model = self._ov.Core().read_model(str(self._artifact.path))
         nodes = {
             str(node.get_friendly_name()): node
@@ -67,16 +67,19 @@ class OpenVinoProfiler(OpenVinoSession, Profiler):
         infos = {
             name: {k: str(v.astype(str)) for k, v in n.get_rt_info().items()} for name, n in nodes.items()
         }
-        integer = self._artifact.precision == "int8" or any(
-            op.get_type_name() == "FakeQuantize" for op in model.get_ordered_ops()
-        )
+        quantizing = {
+            str(op.get_friendly_name())
+            for op in model.get_ordered_ops()
+            if op.get_type_name() == "FakeQuantize"
+        }
+        integer = self._artifact.precision == "int8" or bool(quantizing)
         owners = _owners(model)
         constant = _constant(self.compiled.get_runtime_model())
         operators: List[Operator] = []
         for name, info in infos.items():
             if name in constant or info.get("layerType") in NO_WORK:
                 continue
-            reason = _reason(name, nodes, infos, integer)
+            reason = _reason(name, nodes, infos, quantizing if integer else None)
             operators.append(
                 Operator(
                     name=name,
@@ -94,21 +97,32 @@ class OpenVinoProfiler(OpenVinoSession, Profiler):
 
 
 def _reason(
-    name: str, nodes: Mapping[str, Any], infos: Mapping[str, Mapping[str, str]], integer: bool
+    name: str,
+    nodes: Mapping[str, Any],
+    infos: Mapping[str, Mapping[str, str]],
+    quantizing: Optional[Set[str]],
 ) -> Optional[str]:
-    """Return why a node of the runtime model is not on the intended unit."""
+    """Return why a node of the runtime model is not on the intended unit.
+
+    quantizing: the file's FakeQuantize operators; None for a file that asks for floats.
+    """
     info = infos[name]
     kernel, kind = info.get("primitiveType", ""), info.get("layerType", "")
     if kernel.startswith(REFERENCE):
         return f"reference kernel {kernel}: OpenVINO has no fast one for this operator and type on this CPU"
-    if not integer or info.get("runtimePrecision") in INTEGERS or kernel.lower().endswith(("_i8", "_u8")):
+    if (
+        quantizing is None
+        or info.get("runtimePrecision") in INTEGERS
+        or kernel.lower().endswith(("_i8", "_u8"))
+    ):
         return None
     if kind in MOVING or kind == "Convert":
         return None
     precision = info.get("runtimePrecision", "?")
     if precision not in ("f32", "f16", "bf16"):  # arithmetic on shapes and indices
         return None
-    if kind == "FakeQuantize":
+    held = [n for n in info.get("originalLayersNames", "").split(",") if n]
+    if kind == "FakeQuantize" or (held and quantizing.issuperset(held)):  # alone, or as a compiled "Subgraph"
         return (
             None
             if _reads_input(nodes[name], infos)

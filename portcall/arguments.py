@@ -384,8 +384,8 @@ def _placement_options(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="SHARE",
-        help="95%% or operators=95%%: fail (exit 1) what runs fewer of its operators on the intended unit; time=95%%: of "
-        "its time (repeatable)",
+        help="95%% or operators=95%%: fail (exit 1) what runs fewer of its operators on the intended unit; "
+        "time=95%%: less of its time (repeatable)",
     )
     parser.add_argument(
         "--no-placement", action="store_true", help="leave out the profiled process that tells the placement"

@@ -1,7 +1,7 @@
 """What a runtime tells about its operators: which kernel each one got, on which unit, and what it took.
 
-``Profiler`` is the hook of a backend (``Backend.profile``), ``profile`` the job that an agent does with it. It runs in a
-process of its own, never in one whose latencies are reported: profiling costs time.
+``Profiler`` is the hook of a backend (``Backend.profile``), ``profile`` the job that an agent does with it, in a process
+of its own, never in one whose latencies are reported: profiling costs time.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from portcall.targets.agent.errors import UnsupportedError
 
 FEWEST, MOST = 10, 200
 """Profiled inferences; fewer than the first only where they take longer than ``PATIENCE_S``."""
-TRIM = 0.1
 LONGEST_S, PATIENCE_S = 2.0, 60.0
 QUANTIZER_SUFFIXES = ("_quantized", "_DequantizeLinear", "_QuantizeLinear", "_DequantizeLinear_Output")
 """What ONNX Runtime's quantizer appends to the names of weights and of the operators around them."""
@@ -81,21 +80,20 @@ class Profiler(Session):
         """Keep what the last inference told; called outside of what is timed."""
         raise NotImplementedError
 
-    def placed(self) -> Placed:
-        """Return the operators with their times over all inferences since ``forget``. Called once, at the end."""
+    def placed(self, numbers: Sequence[int]) -> Placed:
+        """Return the operators, their times means over the inferences *numbers* since ``forget``. Called once."""
         raise NotImplementedError
 
 
-def trimmed_mean(values: Sequence[float]) -> float:
-    """Return the mean without the lowest and the highest 10 % (rounded down) of *values*, of which there is one.
+def undisturbed(took_ns: Sequence[float]) -> List[int]:
+    """Return the numbers of the faster half of the inferences (rounded up), in order.
 
-    A mean, since profilers count in whole microseconds and a median would round small operators to 0 or 1; trimmed,
-    since one preempted operator must not carry the profile.
-    Source: R. Wilcox, "Introduction to Robust Estimation and Hypothesis Testing" (2012), section 3.3.
+    Figures of operators are means over these. A mean, since profilers count in whole microseconds and a median would
+    round small operators to 0 or 1; over the faster half, since one preempted operator must not carry the profile, and
+    the same inferences for all operators, so that they add up to a whole.
     """
-    ordered = np.sort(np.asarray(values, np.float64))
-    cut = int(TRIM * ordered.size)
-    return float(ordered[cut : ordered.size - cut].mean())
+    order = np.argsort(np.asarray(took_ns, np.float64), kind="stable")
+    return sorted(int(i) for i in order[: (len(took_ns) + 1) // 2])
 
 
 def owner(constant: str) -> Optional[str]:
@@ -109,23 +107,22 @@ def owner(constant: str) -> Optional[str]:
 
 @dataclass
 class Times:
-    """Times of operators by key, one list entry per inference; an operator that an inference skips took 0."""
+    """Times of operators in ns by key, one list entry per inference; an operator that an inference skips took 0."""
 
     rows: List[Mapping[Any, float]] = field(default_factory=list)
 
-    def of(self, key: Any) -> Optional[float]:
-        """Return the trimmed mean in ns per inference; None for an operator that was never seen."""
-        if not any(key in row for row in self.rows):
-            return None
-        return trimmed_mean([row.get(key, 0.0) for row in self.rows])
+    def mean(self, key: Any, numbers: Sequence[int]) -> float:
+        """Return the mean over the inferences *numbers*, of which there is one."""
+        return sum(self.rows[i].get(key, 0.0) for i in numbers) / len(numbers)
 
 
 def profile(arguments: Mapping[str, Any], progress: Callable[[int, Optional[int]], None]) -> Dict[str, Any]:
     """Profile one process: load with the runtime's profiler on, warm up, at least 10 inferences.
 
     arguments: artifact, workload, inputs, as for ``measure``. Returns {"unit", "method", "inferences", "p50_ns": of
-    the whole inference with profiling on, "operators": [Operator as JSON], "counted", "notes", "untimed",
-    "environment"}. Raises UnsupportedError where the backend tells nothing of its operators.
+    the whole inference with profiling on, "mean_ns": of the faster half of them, over which the operators' times are
+    means, "operators": [Operator as JSON], "counted", "notes", "untimed", "environment"}. Raises UnsupportedError where
+    the backend tells nothing of its operators.
     """
     from portcall.targets.agent.jobs import _batch, _inputs, _Names, ready
 
@@ -144,13 +141,15 @@ def profile(arguments: Mapping[str, Any], progress: Callable[[int, Optional[int]
         _run(session, 2, 2, workload.warmup_s)
         session.forget()
         took_ns = _run(session, FEWEST, MOST, min(workload.min_time_s, LONGEST_S))
-        placed = session.placed()
+        kept = undisturbed(took_ns)
+        placed = session.placed(kept)
         environment = session.environment
     return {
         "unit": placed.unit,
         "method": placed.method,
         "inferences": len(took_ns),
         "p50_ns": float(np.median(took_ns)),
+        "mean_ns": float(np.mean([took_ns[i] for i in kept])),
         "operators": [o.to_json() for o in placed.operators],
         "counted": None if placed.counted is None else list(placed.counted),
         "notes": list(placed.notes),
