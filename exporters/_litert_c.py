@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import sys
 from pathlib import Path
-from typing import Any, List, NamedTuple, Sequence
+from typing import Any, List, NamedTuple
 
 from portcall.targets.agent.errors import CellFailed, UnavailableError
 
@@ -29,12 +29,12 @@ _Pointer = ctypes.c_void_p
 
 
 class Event(NamedTuple):
-    """One timed event of an inference. index: of the operator in the flatbuffer's subgraph, or in the delegate."""
+    """One timed event of an inference. number: of the operator in the flatbuffer's subgraph, or in the delegate."""
 
     tag: str
     kind: int
     elapsed_us: int
-    index: int
+    number: int
     subgraph: int
 
 
@@ -213,7 +213,7 @@ class ProfiledModel:
                 f"this LiteRT writes {written} bytes for {count} profiler events, {size * count} were expected",
                 "Use ai-edge-litert 2.3, whose layout portcall knows",
             )
-        records: Sequence[Any] = (_Event * count).from_buffer(room)
+        records = (_Event * count).from_buffer(room)
         return [
             Event((r.tag or b"").decode(errors="replace"), r.kind, r.elapsed_us, r.index, r.subgraph)
             for r in records

@@ -56,12 +56,13 @@ class ExecuTorchProfiler(ExecuTorchSession, Profiler):
         for event in self._events():
             taken = event["delegated"]
             times = event["times_ms"][-(self._runs - self._dropped) :]
-            kind = event["name"].split(" (")[0].replace(NATIVE, "")
+            # ETDump numbers kernels of one name within a delegate: "Convert (NC) #2".
+            kernel = event["name"].partition(" #")[0].replace(NATIVE, "")
             operators.append(
                 Operator(
-                    name=event["name"],
-                    operator=kind,
-                    kernel=event["name"],
+                    name=event["name"].replace(NATIVE, ""),
+                    operator=kernel.split(" (")[0],
+                    kernel=kernel,
                     unit=UNIT if taken else PORTABLE,
                     on_unit=taken,
                     reason=None if taken else f"XNNPACK's partitioner did not take it; {PORTABLE} run it",

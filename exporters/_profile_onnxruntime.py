@@ -41,8 +41,8 @@ DYNAMIC = (
 """Integer kernels that quantize activations at run time; some of them end in floats."""
 INTEGER = re.compile(r"^(QLinear|QGemm|QAttention|QMoE|QOrdered|QEmbed|Q(Conv|Gather|Softmax|Where|Concat))")
 METHOD = (
-    "onnxruntime's profiler (enable_profiling): each kernel of the optimized graph, in whole microseconds; a fused node "
-    "holds several operators"
+    "onnxruntime's profiler (enable_profiling): each kernel of the optimized graph, in whole microseconds; a fused "
+    "node holds several operators"
 )
 
 

@@ -120,7 +120,7 @@ class LiteRtProfiler(LiteRtSession, Profiler):
         written = [d for d in details if d["op_name"] != "DELEGATE"]
         names = {d["index"]: self._tensor_name(int(d["outputs"][0])) for d in written if len(d["outputs"])}
         kinds = {d["index"]: str(d["op_name"]) for d in written}
-        outside = {e.index for e in self._events if e.kind == _litert_c.OPERATOR}
+        outside = {e.number for e in self._events if e.kind == _litert_c.OPERATOR}
         seen = delegated(details)
         notes = [
             "with the profiler on, LiteRT's CompiledModel runs the file, whose call costs more than that of the "
@@ -137,7 +137,7 @@ class LiteRtProfiler(LiteRtSession, Profiler):
         inside = iter(sources)
         for key, event in zip(_keys(self._events), self._events):
             taken = event.kind != _litert_c.OPERATOR
-            index = next(inside) if taken else event.index
+            index = next(inside) if taken else event.number
             held = () if index is None else (index,)
             operators.append(
                 Operator(
@@ -146,7 +146,7 @@ class LiteRtProfiler(LiteRtSession, Profiler):
                     kernel=event.tag,
                     unit=UNIT if taken else BUILTIN,
                     on_unit=taken,
-                    reason=None if taken else self._reason(kinds.get(event.index, event.tag)),
+                    reason=None if taken else self._reason(kinds.get(event.number, event.tag)),
                     layers=tuple(short(names[i]) for i in held if i in names),
                     time_ns=self._times.mean(key, numbers),
                 )
@@ -169,7 +169,7 @@ def _keys(events: Sequence[_litert_c.Event]) -> List[Tuple[bool, int]]:
     found, position = [], 0
     for event in events:
         taken = event.kind != _litert_c.OPERATOR
-        found.append((taken, position if taken else event.index))
+        found.append((taken, position if taken else event.number))
         position += taken
     return found
 

@@ -1,7 +1,7 @@
 """What a runtime tells about its operators: which kernel each one got, on which unit, and what it took.
 
-``Profiler`` is the hook of a backend (``Backend.profile``), ``profile`` the job that an agent does with it, in a process
-of its own, never in one whose latencies are reported: profiling costs time.
+``Profiler`` is the hook of a backend (``Backend.profile``), ``profile`` the job that an agent does with it, in a
+process of its own, never in one whose latencies are reported: profiling costs time.
 """
 
 from __future__ import annotations
