@@ -88,8 +88,8 @@ def summary(found: Mapping[str, Any], plain_ns: float) -> dict[str, Any]:
 
     {"unit", "method", "inferences", "p50_ns": without the profiler, "profiled_p50_ns", "overhead": profiled / plain,
     "mean_ns": of the profiled inferences over which the operators' times are means, "sum_ns": of these times,
-    "coverage": sum / mean, "coverage_of_p50": sum / P50 without the profiler, "operators": by time, the longest first, each with
-    "share" of the sum and "cumulative"}. Shares are None where the profiler saw no time.
+    "coverage": sum / mean, "coverage_of_p50": sum / P50 without the profiler, "operators": the longest first, each
+    with "share" of the sum and "cumulative"}. Shares are None where the profiler saw no time.
     """
     total = sum(o["time_ns"] or 0.0 for o in found["operators"])
     timed = found["untimed"] is None and total > 0
