@@ -63,13 +63,17 @@ class OnnxRuntimeProfiler(OnnxRuntimeSession, Profiler):
         super().__init__(artifact.path, workload.threads)
 
     def _open(self, path: Path, options: Any) -> Any:
+        self._ask(options)
+        return super()._open(path, options)
+
+    def _ask(self, options: Any) -> None:
+        """Have a session write its events and its optimized graph."""
         options.enable_profiling = True
         options.profile_file_prefix = str(self._folder / "profile")
         options.optimized_model_filepath = str(self._folder / "optimized.onnx")
         entry = "session.optimized_model_external_initializers_"
         options.add_session_config_entry(entry + "file_name", "optimized.bin")
         options.add_session_config_entry(entry + "min_size_in_bytes", "1024")
-        return super()._open(path, options)
 
     def collect(self) -> None:
         self._runs += 1
@@ -78,12 +82,36 @@ class OnnxRuntimeProfiler(OnnxRuntimeSession, Profiler):
         self._dropped = self._runs
 
     def placed(self, numbers: Sequence[int]) -> Placed:
-        events = json.loads(Path(self._session.end_profiling()).read_text(encoding="utf-8"))
         inputs, nodes = _graph(self._folder / "optimized.onnx")
         _, written = _graph(self._artifact.path)
+        return _placed(self.runs(), numbers, nodes, written, inputs, self._artifact.precision)
+
+    def runs(self) -> List[List[Mapping[str, Any]]]:
+        """End the profile; return the events of each inference since ``forget``."""
+        events = json.loads(Path(self._session.end_profiling()).read_text(encoding="utf-8"))
         # The runs that a check of the inputs or the runtime itself adds come first.
-        runs = _runs(events)[-(self._runs - self._dropped) :]
-        return _placed(runs, numbers, nodes, written, inputs, self._artifact.precision)
+        return _runs(events)[-(self._runs - self._dropped) :]
+
+
+def kernels(profiler: OnnxRuntimeProfiler, numbers: Sequence[int]) -> List[Operator]:
+    """Return the executed nodes with their providers and times, not judged and without layers."""
+    runs = profiler.runs()
+    times = Times([_sums(run) for run in runs])
+    return [
+        Operator(
+            name=event["name"][: -len("_kernel_time")],
+            operator=event["args"]["op_name"],
+            kernel=_kernel(event["args"]),
+            unit=event["args"]["provider"],
+            on_unit=True,
+            time_ns=times.mean(event["args"]["node_index"], numbers),
+        )
+        for event in _distinct(runs[numbers[0]])
+    ]
+
+
+def _distinct(run: Sequence[Mapping[str, Any]]) -> List[Mapping[str, Any]]:
+    return list({e["args"]["node_index"]: e for e in run}.values())
 
 
 def _graph(path: Path) -> Tuple[Set[str], List[Node]]:
@@ -140,7 +168,7 @@ def _placed(
 ) -> Placed:
     times = Times([_sums(run) for run in runs])
     numbers = [i for i in numbers if i < len(runs) and runs[i]]  # the profiler stops at a million events
-    first = list({e["args"]["node_index"]: e for e in (runs[numbers[0]] if numbers else [])}.values())
+    first = _distinct(runs[numbers[0]]) if numbers else []
     matched = _matched(first, nodes)
     kinds = {e["args"]["op_name"] for e in first}
     style = _style(kinds, precision)
