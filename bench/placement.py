@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from portcall.targets.agent.errors import BudgetBroken, CellFailed, PortcallError
+from portcall.targets.agent.errors import BadInput, BudgetBroken, CellFailed, PortcallError
 
 OPERATORS, TIME = "operators", "time"
 BUDGETS: Mapping[str, str] = {OPERATORS: "share", TIME: "time_share"}
@@ -61,6 +61,19 @@ def no_placement(error: PortcallError) -> dict[str, Any]:
     """Return ``placement`` where nothing could be told: all None, and the reason with its fix."""
     keys = ("unit", "operators", "on_unit", "share", "time_share", "rest", "method")
     return {**dict.fromkeys(keys), "reason": str(error)}
+
+
+def check_budgets(given: Mapping[str, float] | None, placement: bool) -> dict[str, float]:
+    """Return the budgets for ``judge``. Raises BadInput for one that cannot be kept, or judged without *placement*."""
+    found = dict(given or {})
+    for word, least in found.items():
+        if word not in BUDGETS or not 0 <= least <= 1:
+            raise BadInput(
+                f"min_placement has {word}={least}", f"Give a share from 0 to 1 for {' or '.join(BUDGETS)}"
+            )
+    if found and not placement:
+        raise BadInput("a budget on placement needs the placement", "Leave out --no-placement")
+    return found
 
 
 def judge(placement: Mapping[str, Any], budgets: Mapping[str, float]) -> PortcallError | None:

@@ -57,6 +57,8 @@ class Node:
 class OnnxRuntimeProfiler(OnnxRuntimeSession, Profiler):
     """A session with ``enable_profiling``. *folder*: for the trace and the optimized graph."""
 
+    _is_graph_written = True
+
     def __init__(self, artifact: Artifact, workload: Workload, folder: Path) -> None:
         self._folder, self._artifact = folder, artifact
         self._runs = self._dropped = 0
@@ -70,10 +72,11 @@ class OnnxRuntimeProfiler(OnnxRuntimeSession, Profiler):
         """Have a session write its events and its optimized graph."""
         options.enable_profiling = True
         options.profile_file_prefix = str(self._folder / "profile")
-        options.optimized_model_filepath = str(self._folder / "optimized.onnx")
-        entry = "session.optimized_model_external_initializers_"
-        options.add_session_config_entry(entry + "file_name", "optimized.bin")
-        options.add_session_config_entry(entry + "min_size_in_bytes", "1024")
+        if self._is_graph_written:
+            options.optimized_model_filepath = str(self._folder / "optimized.onnx")
+            entry = "session.optimized_model_external_initializers_"
+            options.add_session_config_entry(entry + "file_name", "optimized.bin")
+            options.add_session_config_entry(entry + "min_size_in_bytes", "1024")
 
     def collect(self) -> None:
         self._runs += 1

@@ -25,6 +25,8 @@ class QnnProfiler(OnnxRuntimeProfiler, DeviceSession):
     context: its entry of contexts.json.
     """
 
+    _is_graph_written = False  # ONNX Runtime writes no graph that holds a compiled part
+
     def __init__(
         self, artifact: Artifact, workload: Workload, folder: Path, context: Mapping[str, Any]
     ) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 
 from portcall import artifact as artifacts
 from portcall.accuracy import Accuracy
-from portcall.bench.placement import BUDGETS
+from portcall.bench.placement import check_budgets
 from portcall.bench.profile import run_profile
 from portcall.bench.run import run_bench
 from portcall.calibrating import (
@@ -194,25 +194,12 @@ def benchmark(
             _data(data, preprocess),
             None if output is None else Path(output),
             placement,
-            _budgets(min_placement, placement),
+            check_budgets(min_placement, placement),
         )
     answer: dict[str, Any] = {"schema": SCHEMA, "results": results}
     if unsaved is not None:
         answer["error"] = {"kind": unsaved.kind, "message": unsaved.message, "fix": unsaved.fix or None}
     return answer
-
-
-def _budgets(given: Mapping[str, float] | None, placement: bool) -> dict[str, float]:
-    """Return the budgets on placement. Raises BadInput for one that cannot be kept or judged."""
-    found = dict(given or {})
-    for word, least in found.items():
-        if word not in BUDGETS or not 0 <= least <= 1:
-            raise BadInput(
-                f"min_placement has {word}={least}", f"Give a share from 0 to 1 for {' or '.join(BUDGETS)}"
-            )
-    if found and not placement:
-        raise BadInput("a budget on placement needs the placement", "Leave out --no-placement")
-    return found
 
 
 def profile(
