@@ -32,12 +32,12 @@ def plot(answer: Mapping[str, Any], output: Path) -> dict[str, Any]:
     axes.barh(positions, [b[1] for b in bars], color=[b[2] for b in bars])
     axes.set_yticks(list(positions), [b[0] for b in bars], fontsize=8)
     axes.invert_yaxis()
-    axes.set_xlabel(f"milliseconds per inference (mean of n={answer['inferences']}, profiler on)")
-    axes.set_title(
-        f"{answer['backend']}:{answer['precision']}, {100 * answer['coverage']:.0f} % of the inference explained; "
-        f"red: not on {answer['unit']}",
-        fontsize=10,
+    axes.set_xlabel(
+        f"microseconds per inference, profiler on; together {100 * answer['coverage']:.0f} % of the profiled inference, "
+        f"{100 * answer['coverage_of_p50']:.0f} % of the P50 without profiler (n={answer['inferences']})",
+        fontsize=9,
     )
+    axes.set_title(f"{answer['backend']}:{answer['precision']}; red: not on {answer['unit']}", fontsize=10)
     files = []
     for suffix in ("svg", "png"):
         stream = io.BytesIO()
@@ -56,10 +56,10 @@ def plot(answer: Mapping[str, Any], output: Path) -> dict[str, Any]:
 
 def _bars(answer: Mapping[str, Any]) -> list[tuple[str, float, str]]:
     operators = answer["operators"]
-    bars = [(_label(o), o["time_ns"] / 1e6, ON_UNIT if o["on_unit"] else OFF_UNIT) for o in operators[:BARS]]
+    bars = [(_label(o), o["time_ns"] / 1e3, ON_UNIT if o["on_unit"] else OFF_UNIT) for o in operators[:BARS]]
     if len(operators) > BARS:
         rest = operators[BARS:]
-        bars.append((f"{len(rest)} others", sum(o["time_ns"] for o in rest) / 1e6, OTHERS))
+        bars.append((f"{len(rest)} others", sum(o["time_ns"] for o in rest) / 1e3, OTHERS))
     return bars
 
 

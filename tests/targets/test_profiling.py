@@ -21,7 +21,7 @@ def test_the_faster_half_is_kept_in_order(took: list[float], kept: list[int]) ->
 
 
 def test_a_preempted_operator_does_not_carry_the_mean() -> None:
-    rows = [{"a": 10.0, "b": 1.0}, {"a": 4000.0, "b": 1.0}, {"a": 12.0}]
+    rows: list[Mapping[Any, float]] = [{"a": 10.0, "b": 1.0}, {"a": 4000.0, "b": 1.0}, {"a": 12.0}]
     kept = undisturbed([sum(r.values()) for r in rows])
     assert Times(rows).mean("a", kept) == 11.0
     assert Times(rows).mean("b", kept) == 0.5, "an operator that an inference skips took nothing"
