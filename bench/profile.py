@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ LITTLE = 0.8
 COSTLY = 1.1
 """Of the time that profiling multiplies the inference's by: above it, the answer warns."""
 TOP = 20
+WIDEST = 40
+"""Characters of a name that the table shows."""
 FILES = ("profile.json", "profile.svg", "profile.png")
 
 
@@ -194,13 +196,18 @@ def _row(operator: Mapping[str, Any]) -> list[str]:
         operator["kernel"] or ABSENT,
         operator["unit"] + ("" if operator["on_unit"] else " !"),
         _layers(operator["layers"]),
-        operator["name"],
+        _tail(operator["name"]),
     ]
 
 
-def _layers(names: list[str]) -> str:
-    shown = ", ".join(names[:3])
-    return (f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown) or ABSENT
+def _layers(names: Sequence[str]) -> str:
+    shown = ", ".join(_tail(n) for n in names[:2])
+    return (f"{shown} and {len(names) - 2} more" if len(names) > 2 else shown) or ABSENT
+
+
+def _tail(name: str) -> str:
+    """Return the end of a long name, which tells more than its beginning; the JSON holds all of it."""
+    return name if len(name) <= WIDEST else f"...{name[3 - WIDEST :]}"
 
 
 def _worth(answer: Mapping[str, Any]) -> list[str]:

@@ -33,7 +33,7 @@ def plot(answer: Mapping[str, Any], output: Path) -> dict[str, Any]:
     axes.set_yticks(list(positions), [b[0] for b in bars], fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel(
-        f"microseconds per inference, profiler on; together {100 * answer['coverage']:.0f} % of the profiled inference, "
+        f"us per inference, profiler on; together {100 * answer['coverage']:.0f} % of the profiled inference, "
         f"{100 * answer['coverage_of_p50']:.0f} % of the P50 without profiler (n={answer['inferences']})",
         fontsize=9,
     )

@@ -141,13 +141,13 @@ class LiteRtProfiler(LiteRtSession, Profiler):
             held = () if index is None else (index,)
             operators.append(
                 Operator(
-                    name=event.tag if index is None else short(names.get(index, "")),
+                    name=event.tag if index is None else layers_of(names.get(index, ""))[0],
                     operator=event.tag.split(" (")[0] if index is None else kinds.get(index, event.tag),
                     kernel=event.tag,
                     unit=UNIT if taken else BUILTIN,
                     on_unit=taken,
                     reason=None if taken else self._reason(kinds.get(event.number, event.tag)),
-                    layers=tuple(short(names[i]) for i in held if i in names),
+                    layers=tuple(n for i in held if i in names for n in layers_of(names[i])),
                     time_ns=self._times.mean(key, numbers),
                 )
             )
@@ -235,16 +235,19 @@ def _family(tag: str) -> Tuple[str, ...]:
     return FAMILIES.get(head, ())
 
 
-def short(tensor: str) -> str:
-    """Return a tensor's name without the classes that torch's converter writes into it.
+def layers_of(tensor: str) -> Tuple[str, ...]:
+    """Return the layers of an operator by the name of its output, which its converter made of their names.
 
-    ``net.Cnn/torch.nn.modules.container.Sequential_stem/torch.nn.modules.conv.Conv2d_0;``: stem.0
+    torch's holds classes, the last layer first: ``net.Cnn/torch.nn.modules.container.Sequential_stem/
+    torch.nn.modules.conv.Conv2d_0;`` is ("stem.0",). TensorFlow's joins those of all fused operators with ";".
     """
-    part = next((p for p in reversed(tensor.split(";")) if "/" in p), "")
+    parts = [p for p in tensor.split(";") if "/" in p]
+    if not parts:
+        return (tensor.rstrip(";"),)
     names = []
-    for piece in part.split("/")[1:]:
+    for piece in parts[-1].split("/")[1:]:
         head, _, name = piece.partition("_")
-        if not head.rpartition(".")[2][:1].isupper() or "." not in head or not name:
-            return tensor
+        if "." not in head or not head.rpartition(".")[2][:1].isupper() or not name:
+            return tuple(dict.fromkeys(parts))
         names.append(name)
-    return ".".join(names) or tensor.rstrip(";")
+    return (".".join(names),)

@@ -147,6 +147,15 @@ def test_the_table(profiled: dict[str, dict[str, Any]]) -> None:
     assert "CumSum): float32" in text
 
 
+def test_long_names_are_cut_in_the_table_alone(profiled: dict[str, dict[str, Any]]) -> None:
+    answer = json.loads(json.dumps(profiled["tflite"]))
+    answer["operators"][0]["name"] = "model/" * 20 + "conv"
+    answer["operators"][0]["layers"] = [f"{'model/' * 20}layer{i}" for i in range(5)]
+    text = profile_table(answer)
+    assert "/model/conv" in text and "layer1 and 3 more" in text
+    assert max(len(line) for line in text.splitlines()[:6]) < 250
+
+
 def _profile(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "portcall", "profile", *map(str, arguments), "--min-time", "0.05"]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)

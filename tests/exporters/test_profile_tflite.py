@@ -10,7 +10,7 @@ import pytest
 
 from portcall.core import Artifact, Workload
 from portcall.exporters import _litert_c
-from portcall.exporters._profile_tflite import KINDS, align, delegated, short
+from portcall.exporters._profile_tflite import KINDS, align, delegated, layers_of
 from portcall.targets.agent.errors import CellFailed, UnavailableError
 from tests.exporters.cumulative import write_tflite
 
@@ -128,18 +128,22 @@ def test_kernels_find_their_operators(
 
 
 @pytest.mark.parametrize(
-    ("tensor", "name"),
+    ("tensor", "layers"),
     [
         (
             "net.Cnn/torch.nn.modules.container.Sequential_stem/torch.nn.modules.batchnorm.BatchNorm2d_1;;"
             "net.Cnn/torch.nn.modules.container.Sequential_stem/torch.nn.modules.conv.Conv2d_0;2",
-            "stem.0",
+            ("stem.0",),
         ),
-        ("net.Cnn;", "net.Cnn"),
-        ("model/conv2d/BiasAdd", "model/conv2d/BiasAdd"),
-        ("serving_default_x", "serving_default_x"),
-        ("", ""),
+        ("net.Cnn;", ("net.Cnn",)),
+        ("model/conv2d/BiasAdd", ("model/conv2d/BiasAdd",)),
+        (
+            "model/relu/Relu6;model/conv2d/convolution;model/bias",
+            ("model/relu/Relu6", "model/conv2d/convolution", "model/bias"),
+        ),
+        ("serving_default_x", ("serving_default_x",)),
+        ("", ("",)),
     ],
 )
-def test_names_of_layers(tensor: str, name: str) -> None:
-    assert short(tensor) == name
+def test_names_of_layers(tensor: str, layers: tuple[str, ...]) -> None:
+    assert layers_of(tensor) == layers
