@@ -123,10 +123,16 @@ def summary(found: Mapping[str, Any], plain_ns: float) -> dict[str, Any]:
 def _warnings(answer: Mapping[str, Any]) -> list[str]:
     found = []
     coverage, overhead = answer["coverage"], answer["overhead"]
-    if coverage is not None and max(coverage, answer["coverage_of_p50"]) < LITTLE:
+    known = [c for c in (coverage, answer["coverage_of_p50"]) if c is not None and c <= COSTLY]
+    if known and max(known) < LITTLE:
         found.append(
-            f"the operators explain {max(coverage, answer['coverage_of_p50']):.0%} of an inference; the rest is the "
+            f"the operators explain {max(known):.0%} of an inference; the rest is the "
             "runtime's own work between them, and fractions of a microsecond that its profiler drops"
+        )
+    if coverage is not None and coverage > COSTLY:
+        found.append(
+            f"the operators' times add up to {coverage:.0%} of an inference: the runtime's means hold cold and "
+            "preempted inferences; profile on a quieter machine, or with a longer --min-time"
         )
     if overhead > COSTLY:
         found.append(
