@@ -27,9 +27,7 @@ def probe_modules(
         return Unavailable(f"not installed: {', '.join(missing)}", fix)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # a vendor's deprecation is no broken install, not even under -W error
+            warnings.simplefilter("ignore")  # a vendor's deprecation is no broken install, not even under -W error
             for name in imported:
                 importlib.import_module(name)
     except Exception as error:  # a broken install raises anything, from ImportError to its own kinds
