@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from portcall import artifact as artifacts
+from portcall.bench.placement import no_placement, placement_of
 from portcall.bench.rounds import time_process
 from portcall.bench.statistics import percentile
 from portcall.bench.subject import Subject
 from portcall.bench.witness import pairs as witnesses
-from portcall.core import CellFailed, Workload
+from portcall.core import CellFailed, PortcallError, UnsupportedError, Workload
 from portcall.exporters import get_backend
 from portcall.targets import Driver
 from portcall.worker import WorkerDied
@@ -23,9 +24,15 @@ from portcall.workspace import Workspace
 
 @dataclass(frozen=True, slots=True)
 class Passes:
-    """Which passes are wanted. witness_pairs: pairs with the runtime's own benchmark tool; None for none."""
+    """Which passes are wanted.
+
+    witness_pairs: pairs with the runtime's own benchmark tool; None for none. placement: profile one more process.
+    min_placement: "operators" or "time" -> the least share on the intended unit.
+    """
 
     witness_pairs: int | None = None
+    placement: bool = True
+    min_placement: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +96,21 @@ def _model_bytes(subject: Subject) -> int:
     return subject.artifact.path.stat().st_size
 
 
+def place(bench: Bench, subject: Subject) -> None:
+    """Find out which operators run where; what cannot be told costs no measurement."""
+    backend = subject.artifact.backend
+    try:
+        if not bench.wanted.placement:
+            raise UnsupportedError("it was not asked for (--no-placement)")
+        if get_backend(backend).profile is None:
+            raise UnsupportedError(f"portcall has no profile of {backend}")
+        job, label = subject.job(bench.workload), f"placement of {subject.label}"
+        found = placement_of(bench.driver.run("profile", job, label, subject.interpreter))
+    except PortcallError as error:
+        found = no_placement(error)
+    subject.extra["placement"] = found
+
+
 def witness(bench: Bench, subject: Subject) -> None:
     """Run the runtime's own benchmark tool in pairs with processes of ours; whatever it does, no cell fails of it."""
     if bench.wanted.witness_pairs is None:
@@ -112,5 +134,5 @@ def witness(bench: Bench, subject: Subject) -> None:
 BEFORE: list[Pass] = [finish, measure_memory]
 """Done in this order for each subject before any is timed."""
 
-AFTER: list[Pass] = [witness]
+AFTER: list[Pass] = [place, witness]
 """Done for each subject that was timed without an error."""

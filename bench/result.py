@@ -11,7 +11,7 @@ import numpy as np
 from portcall import artifact as artifacts
 from portcall.bench.statistics import percentile, summarize
 from portcall.bench.subject import Subject
-from portcall.core import Outcome, Workload, outcome_of
+from portcall.core import Outcome, PortcallError, Workload, outcome_of
 
 GROWTH_BYTES = 1 << 20
 """Growth of the resident size across a timed loop that a warning is due for: the kernel's counters are off by less."""
@@ -59,12 +59,7 @@ def result_of(subject: Subject, target: str, workload: Workload) -> dict[str, An
         **subject.extra,
     }
     if subject.error is not None:
-        result.update(
-            outcome=outcome_of(subject.error).value,
-            error_kind=subject.error.kind,
-            reason=subject.error.message,
-            fix=subject.error.fix or None,
-        )
+        result.update(ending(subject.error))
         return result
     answers = subject.answers
     latency, warnings = summarize(subject.wall)
@@ -93,6 +88,16 @@ def result_of(subject: Subject, target: str, workload: Workload) -> dict[str, An
     ]
     result["warnings"] = [*subject.warnings, *told, *warnings]
     return result
+
+
+def ending(error: PortcallError) -> dict[str, Any]:
+    """Return the keys that say how a result ended in *error*."""
+    return {
+        "outcome": outcome_of(error).value,
+        "error_kind": error.kind,
+        "reason": error.message,
+        "fix": error.fix or None,
+    }
 
 
 def _process(

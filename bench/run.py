@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from portcall.bench.passes import AFTER, BEFORE, Bench, Passes
-from portcall.bench.result import result_of
+from portcall.bench.placement import judge
+from portcall.bench.result import ending, result_of
 from portcall.bench.rounds import attempt, time_rounds
 from portcall.bench.saving import check_output, save
 from portcall.bench.subject import Subject, find_inputs, open_subjects
-from portcall.core import PortcallError, Workload
+from portcall.core import Outcome, PortcallError, Workload
 from portcall.targets import get_target
 from portcall.targets.agent import settings
 from portcall.workspace import DataArgument, Workspace
@@ -49,13 +50,22 @@ def run_bench(
     for subject in subjects:
         for step in AFTER:
             attempt(subject, partial(step, bench, subject))
-    results = [result_of(subject, target, workload) for subject in subjects]
+    results = [_judged(result_of(subject, target, workload), bench.wanted) for subject in subjects]
     if output is not None:
         try:
             results = save(output, [(s.label, _arrays(s)) for s in subjects], results)
         except PortcallError as error:
             return results, error
     return results, None
+
+
+def _judged(result: dict[str, Any], wanted: Passes) -> dict[str, Any]:
+    """Return *result*, failed where a budget is broken; what was measured stays."""
+    if result["outcome"] == Outcome.MEASUREMENT and result["placement"] is not None:
+        broken = judge(result["placement"], wanted.min_placement)
+        if broken is not None:
+            result.update(ending(broken))
+    return result
 
 
 def _arrays(subject: Subject) -> dict[str, Any]:

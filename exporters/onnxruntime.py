@@ -28,6 +28,7 @@ from portcall.targets.agent.contract import (
     Workload,
 )
 from portcall.targets.agent.probing import probe_modules
+from portcall.targets.agent.profiling import Profiler
 
 DTYPES = {
     "tensor(float)": "float32",
@@ -166,6 +167,16 @@ def trace(artifact: Artifact, workload: Workload) -> Iterator[Trace]:
     yield OnnxTrace(artifact, artifact.path, workload.threads, "the file operator by operator")
 
 
+@contextmanager
+def profile(artifact: Artifact, workload: Workload) -> Iterator[Profiler]:
+    import tempfile
+
+    from portcall.exporters._profile_onnxruntime import OnnxRuntimeProfiler
+
+    with tempfile.TemporaryDirectory(prefix="portcall-profile-") as folder:
+        yield OnnxRuntimeProfiler(artifact, workload, Path(folder))
+
+
 EXAMPLE = '''"""Run this artifact with ONNX Runtime alone: pip install onnxruntime numpy"""
 import pathlib
 
@@ -217,4 +228,5 @@ BACKEND = Backend(
     contents=contents,
     example=EXAMPLE,
     trace=trace,
+    profile=profile,
 )

@@ -29,6 +29,7 @@ from portcall.targets.agent.contract import (
 )
 from portcall.targets.agent.errors import CellFailed, UnsupportedError
 from portcall.targets.agent.probing import probe_modules
+from portcall.targets.agent.profiling import Profiler
 
 
 def probe(role: str) -> Union[Available, Unavailable]:
@@ -87,14 +88,8 @@ class OpenVinoSession(Session):
     def __init__(self, artifact: Artifact, workload: Workload, streams: int = 1) -> None:
         import openvino as ov
 
-        config = {
-            "INFERENCE_PRECISION_HINT": "f32",
-            "INFERENCE_NUM_THREADS": workload.threads * streams,
-            "NUM_STREAMS": streams,
-            "PERFORMANCE_HINT": "LATENCY" if streams == 1 else "THROUGHPUT",
-        }
         self._ov = ov
-        self.compiled = ov.Core().compile_model(str(artifact.path), "CPU", config)
+        self.compiled = ov.Core().compile_model(str(artifact.path), "CPU", self._config(workload, streams))
         precision = self.compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
         if precision != "f32":
             raise CellFailed(
@@ -119,6 +114,14 @@ class OpenVinoSession(Session):
         session = copy.copy(self)
         session._request = self.compiled.create_infer_request()
         return session
+
+    def _config(self, workload: Workload, streams: int) -> Dict[str, Any]:
+        return {
+            "INFERENCE_PRECISION_HINT": "f32",
+            "INFERENCE_NUM_THREADS": workload.threads * streams,
+            "NUM_STREAMS": streams,
+            "PERFORMANCE_HINT": "LATENCY" if streams == 1 else "THROUGHPUT",
+        }
 
     def set_inputs(self, arrays: Mapping[str, Any]) -> None:
         self._held = {}
@@ -221,6 +224,13 @@ def trace(artifact: Artifact, workload: Workload) -> Iterator[Trace]:
     yield OpenVinoTrace(artifact, workload.threads)
 
 
+@contextmanager
+def profile(artifact: Artifact, workload: Workload) -> Iterator[Profiler]:
+    from portcall.exporters._profile_openvino import OpenVinoProfiler
+
+    yield OpenVinoProfiler(artifact, workload)
+
+
 EXAMPLE = '''"""Run this artifact with OpenVINO alone: pip install openvino numpy"""
 import pathlib
 
@@ -263,4 +273,5 @@ BACKEND = Backend(
     example=EXAMPLE,
     trace=trace,
     load_streams=load_streams,
+    profile=profile,
 )

@@ -29,6 +29,7 @@ from portcall.targets.agent.contract import (
 )
 from portcall.targets.agent.errors import UnsupportedError
 from portcall.targets.agent.probing import probe_modules
+from portcall.targets.agent.profiling import Profiler
 
 RUNTIMES = (
     ("ai_edge_litert.interpreter", "ai-edge-litert"),
@@ -228,6 +229,13 @@ def trace(artifact: Artifact, workload: Workload) -> ContextManager[Trace]:
     return _trace_tflite.trace(artifact, workload)
 
 
+@contextmanager
+def profile(artifact: Artifact, workload: Workload) -> Iterator[Profiler]:
+    from portcall.exporters._profile_tflite import LiteRtProfiler
+
+    yield LiteRtProfiler(artifact, workload)
+
+
 EXAMPLE = '''"""Run this artifact with LiteRT alone: pip install ai-edge-litert numpy"""
 import pathlib
 
@@ -283,4 +291,5 @@ BACKEND = Backend(
     contents=contents,
     example=EXAMPLE,
     trace=trace,
+    profile=profile,
 )

@@ -1,7 +1,7 @@
 """portcall: port one model to every device format, prove that it still computes the same, and measure what it costs.
 
-The verbs (``export``, ``verify``, ``inspect``, ``debug``, ``benchmark``, ``compare``, ``calibrate``, ``doctor``,
-``load``, ``report``) load when first used.
+The verbs (``export``, ``verify``, ``inspect``, ``debug``, ``benchmark``, ``compare``, ``profile``, ``report``,
+``calibrate``, ``doctor``, ``load``) load when first used.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         export,
         inspect,
         load,
+        profile,
         report,
         verify,
     )
@@ -34,6 +35,7 @@ __all__ = [
     "export",
     "inspect",
     "load",
+    "profile",
     "report",
     "verify",
 ]

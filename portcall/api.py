@@ -20,6 +20,8 @@ from portcall.bench.formats import check_write, write_results
 from portcall.bench.modes import Mode, get_mode
 from portcall.bench.modes_run import run_mode
 from portcall.bench.passes import Passes
+from portcall.bench.placement import check_budgets
+from portcall.bench.profile import run_profile
 from portcall.bench.run import run_bench
 from portcall.bench.saved import load_all
 from portcall.calibrating import (
@@ -179,6 +181,8 @@ def benchmark(
     preprocess: str | None = None,
     output: str | Path | None = None,
     write: Sequence[tuple[str, str | Path]] = (),
+    placement: bool = True,
+    min_placement: Mapping[str, float] | None = None,
     timeout_s: float = TIMEOUT_S,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
@@ -188,6 +192,9 @@ def benchmark(
     ``Arrival(rate_per_s=100)``; its figures stand in the result's object of its name.
     witness_pairs: also run the runtime's own benchmark tool on the same file, in that many pairs with processes of
     ours: "witness" of each result, see the documentation of witness.
+    placement: profile one more process of each, to tell which operators run where. min_placement: "operators" or
+    "time" -> the least share (0 to 1) on the intended unit; a result below it is a failed one with error_kind "budget",
+    and keeps its figures.
     output: a folder for ``bench.json`` and the raw samples. write: (format, file) pairs, as ``report`` writes them;
     "written" then lists them. Where something cannot be written, "error" stands beside the results.
     """
@@ -197,7 +204,7 @@ def benchmark(
     specs = [artifacts_or_files] if single else list(artifacts_or_files)  # type: ignore[arg-type]  # narrowed by single
     if witness_pairs is not None and witness_pairs < 1:
         raise BadInput(f"witness_pairs is {witness_pairs}", "Give at least 1, or None for no witness")
-    chosen, wanted = get_mode(mode), Passes(witness_pairs=witness_pairs)
+    chosen, wanted = get_mode(mode), Passes(witness_pairs, placement, check_budgets(min_placement, placement))
     written: list[dict[str, Any]] = []
     with contextlib.ExitStack() as stack:
         folder = None if output is None else Path(output)
@@ -260,6 +267,36 @@ def compare(
     with open_workspace(reporter or Reporter(False), timeout_s) as work:
         chosen = options or CompareOptions()
         return run_compare(work, str(base), str(candidate), target, chosen, _data(data, preprocess))
+
+
+def profile(
+    artifact_or_file: str | Path,
+    *,
+    target: str = "local",
+    workload: Workload | None = None,
+    data: str | Path | None = None,
+    preprocess: str | None = None,
+    output: str | Path | None = None,
+    timeout_s: float = TIMEOUT_S,
+    reporter: Reporter | None = None,
+) -> dict[str, Any]:
+    """Profile an artifact or a bare file operator by operator; what ``portcall profile --json`` prints.
+
+    output: a folder for ``profile.json``, ``profile.svg`` and ``profile.png``. Returns {"schema", "operators":
+    [{"name", "operator", "kernel", "unit", "layers", "time_ns", "share", "cumulative", ...}], "coverage", "overhead",
+    "placement", ...}: see the documentation of placement. Raises BadInput for what is no artifact, UnsupportedError
+    for a backend that tells nothing of its operators.
+    """
+    with open_workspace(reporter or Reporter(False), timeout_s) as work:
+        answer = run_profile(
+            work,
+            str(artifact_or_file),
+            target,
+            workload or Workload(),
+            _data(data, preprocess),
+            None if output is None else Path(output),
+        )
+    return {"schema": SCHEMA, **answer}
 
 
 def calibrate(

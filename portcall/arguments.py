@@ -43,8 +43,9 @@ def build_parser() -> argparse.ArgumentParser:
   portcall export model.onnx --to onnxruntime:fp32,int8,openvino:int8 --data calibration.npz -o out
   portcall bench out/onnxruntime-fp32 out/onnxruntime-int8
 
-exit codes: 0 all done; 1 an artifact failed verification, or compare found a regression; 2 bad input, nothing run;
-3 undecided (compare, or too few samples for --max-drop); 4 a cell failed or is unavailable; 130 interrupted""",
+exit codes: 0 all done; 1 an artifact failed verification or a budget, or compare found a regression; 2 bad input,
+nothing run; 3 undecided (compare, or too few samples for --max-drop); 4 a cell failed or is unavailable;
+130 interrupted""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"portcall {__version__}")
@@ -60,6 +61,7 @@ exit codes: 0 all done; 1 an artifact failed verification, or compare found a re
     _bench(commands)
     _report(commands)
     _compare(commands)
+    _profile(commands)
     completion = _command(
         commands,
         "completion",
@@ -401,6 +403,7 @@ def _bench(commands: Any) -> None:
         "--allow-unavailable", action="store_true", help="exit 0 although a backend is not installed here"
     )
     _mode_options(parser)
+    _placement_options(parser)
     _model_options(parser)
 
 
@@ -509,6 +512,55 @@ def _share(text: str) -> float:
     if not 0 < value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a share such as 3%")
     return value
+
+
+def _placement_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--min-placement",
+        type=_placement,
+        action="append",
+        default=[],
+        metavar="SHARE",
+        help="95%% or operators=95%%: fail (exit 1) what runs fewer of its operators on the intended unit; "
+        "time=95%%: less of its time (repeatable)",
+    )
+    parser.add_argument(
+        "--no-placement", action="store_true", help="leave out the profiled process that tells the placement"
+    )
+
+
+def _profile(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "profile",
+        "show what each operator takes, which kernel and unit runs it, and the source's layers",
+        "portcall profile out/tflite-int8 --top 10 -o profile",
+    )
+    parser.add_argument(
+        "artifact", metavar="ARTIFACT|FILE", help="an artifact folder, or a bare .onnx, .tflite, .xml file"
+    )
+    parser.add_argument("--on", default="local", metavar="TARGET", help="default: local")
+    parser.add_argument("--data", help=f"inputs: {DATA_HELP}")
+    parser.add_argument("--threads", type=_count, default=1, metavar="N", help="of the runtime (default 1)")
+    parser.add_argument(
+        "--batch", type=_count, default=1, metavar="N", help="samples per inference (default 1)"
+    )
+    parser.add_argument(
+        "--min-time", type=_seconds, default=1.0, metavar="S", help="timed and profiled, each (default 1 s)"
+    )
+    parser.add_argument("--top", type=_count, default=20, metavar="N", help="operators shown (default 20)")
+    parser.add_argument(
+        "-o", "--output", metavar="DIR", help="folder for profile.json, profile.svg and profile.png"
+    )
+    _model_options(parser)
+
+
+def _placement(text: str) -> tuple[str, float]:
+    word, _, share = text.rpartition("=")
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)%", share)
+    if word not in ("", "operators", "time") or found is None or float(found[1]) > 100:
+        raise argparse.ArgumentTypeError(f"{text!r} is not 95%, operators=95% or time=95%")
+    return word or "operators", float(found[1]) / 100
 
 
 def _seconds(text: str) -> float:

@@ -200,6 +200,8 @@ def _run_bench(options: argparse.Namespace) -> tuple[dict[str, Any], str, int]:
         preprocess=options.preprocess,
         output=options.output,
         write=options.write,
+        placement=not options.no_placement,
+        min_placement=dict(options.min_placement),
         timeout_s=options.timeout,
         reporter=Reporter(True),
     )
@@ -295,6 +297,31 @@ def _run_compare(options: argparse.Namespace) -> tuple[dict[str, Any], str, int]
     return answer, compare_table(answer), VERDICTS[answer["verdict"]]
 
 
+def _run_profile(options: argparse.Namespace) -> tuple[dict[str, Any], str, int]:
+    from portcall import api
+    from portcall.bench.profile import profile_table
+    from portcall.core import Workload
+    from portcall.progress import Reporter
+
+    workload = Workload(
+        batch=options.batch,
+        threads=options.threads,
+        min_time_s=options.min_time,
+        shapes=dict(options.shape),
+    )
+    answer = api.profile(
+        options.artifact,
+        target=options.on,
+        workload=workload,
+        data=options.data,
+        preprocess=options.preprocess,
+        output=options.output,
+        timeout_s=options.timeout,
+        reporter=Reporter(True),
+    )
+    return answer, profile_table(answer, options.top), OK
+
+
 COMMANDS: dict[str, Callable[[argparse.Namespace], tuple[dict[str, Any], str, int]]] = {
     "doctor": _run_doctor,
     "calibrate": _run_calibrate,
@@ -307,13 +334,14 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], tuple[dict[str, Any], str, in
     "bench": _run_bench,
     "report": _run_report,
     "compare": _run_compare,
+    "profile": _run_profile,
 }
 """Per command: a function to (what --json prints, the table, the exit code)."""
 
 
 def _code(results: Sequence[dict[str, Any]], allow_unavailable: bool) -> int:
     """Return the exit code of a matrix: 0 if every cell ended in an artifact or a measurement. Precedence 1, 4, 3."""
-    if any(r["error_kind"] == "verification" for r in results):
+    if any(r["error_kind"] in ("verification", "budget") for r in results):
         return FAILED_VERIFICATION
     good = {"artifact", "measurement"} | ({"unavailable"} if allow_unavailable else set())
     if not all(r["outcome"] in good for r in results):

@@ -25,6 +25,7 @@ from typing import (
 
 if TYPE_CHECKING:
     from portcall.targets.agent.contents import Contents
+    from portcall.targets.agent.profiling import Profiler
 
 Dim = Union[int, str]
 """A dimension: a fixed size, or the name of a dynamic one."""
@@ -524,6 +525,7 @@ class Backend:
     trace: shows the intermediate tensors of an artifact, for ``debug``; without it only the outputs are compared.
     load_streams(artifact, workload, n): like load, for n sessions that infer at the same time, each from a thread of
     its own and with ``workload.threads`` threads; where it is None, n sessions are loaded one by one.
+    profile: like load, with the runtime's profiler on; tells which unit runs which operator. Without it no placement.
     example: the text of an ``example.py`` that needs only the runtime; @ENTRY@ stands for the file to load, @COMMON@
     for what defines ``here``, ``samples`` and ``show(name, value)``.
     """
@@ -542,3 +544,4 @@ class Backend:
     contents: Optional[Callable[[Artifact, Mapping[str, Tuple[int, ...]]], Contents]] = None
     trace: Optional[Callable[[Artifact, Workload], ContextManager[Trace]]] = None
     load_streams: Optional[Callable[[Artifact, Workload, int], ContextManager[Sequence[Session]]]] = None
+    profile: Optional[Callable[[Artifact, Workload], ContextManager[Profiler]]] = None

@@ -352,3 +352,10 @@ def write_inputs(arguments: Mapping[str, Any], progress: Progress) -> Dict[str, 
                 }
             )
     return {"model": str(artifact.finished or artifact.path), "inputs": inputs}
+
+
+def profile(arguments: Mapping[str, Any], progress: Progress) -> Dict[str, Any]:
+    """Profile the operators in a process of its own: see ``profiling.profile``."""
+    from portcall.targets.agent import profiling
+
+    return profiling.profile(arguments, progress)
