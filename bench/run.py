@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from portcall import artifact as artifacts
+from portcall.bench import memory
 from portcall.bench.statistics import percentile, summarize
 from portcall.core import (
     Artifact,
@@ -81,7 +82,7 @@ def run_bench(
         _attempt(subject, partial(_find_inputs, work, driver, subject, data, workload, number))
     for subject in subjects:
         _attempt(subject, partial(_finish, driver, subject, workload))
-        _attempt(subject, partial(_measure_memory, driver, subject, workload))
+        _attempt(subject, partial(_measure_memory, work, driver, subject, workload))
     for number in range(workload.processes):
         for subject in subjects:
             _attempt(subject, partial(_measure, work, driver, subject, workload, number))
@@ -228,9 +229,16 @@ def _finish(driver: Driver, subject: _Subject, workload: Workload) -> None:
         subject.finish = driver.run("finish", job, f"finish {subject.label}", subject.artifact.backend)
 
 
-def _measure_memory(driver: Driver, subject: _Subject, workload: Workload) -> None:
-    job = _job(subject, workload)
-    subject.memory = driver.run("measure_memory", job, f"memory {subject.label}", subject.artifact.backend)
+def _measure_memory(work: Workspace, driver: Driver, subject: _Subject, workload: Workload) -> None:
+    job, backend = _job(subject, workload), subject.artifact.backend
+    figures, warnings = memory.run_memory(
+        lambda number: driver.run("measure_memory", job, f"memory {subject.label} {number + 1}", backend)
+    )
+    label = f"weights {subject.label}"
+    figures["weights"] = memory.weights(
+        lambda: work.call("portcall.bench.memory:stored_weights", job, label, backend)
+    )
+    subject.memory, subject.warnings = figures, [*subject.warnings, *warnings]
 
 
 def _measure(work: Workspace, driver: Driver, subject: _Subject, workload: Workload, number: int) -> None:

@@ -96,6 +96,8 @@ def census(artifact: Artifact, shapes: Mapping[str, Tuple[int, ...]]) -> Census:
 class OnnxRuntimeSession(Session):
     """An InferenceSession with inputs and outputs bound once, so that ``infer`` copies nothing in Python."""
 
+    no_memory_figures = "ONNX Runtime's Python API does not tell its arena's statistics (the C API does)"
+
     def __init__(self, path: Path, threads: int) -> None:
         import onnxruntime as ort
 
@@ -114,6 +116,7 @@ class OnnxRuntimeSession(Session):
             "providers": self._session.get_providers(),
             "threads": threads,
             "spinning": spinning,
+            "build": ort.get_build_info(),
         }
 
     def _open(self, path: Path, options: Any) -> Any:

@@ -84,6 +84,8 @@ def export(graph: Graph, recipe: Recipe, ranges: Optional[Ranges], directory: Pa
 class OpenVinoSession(Session):
     """A compiled model with bound tensors, inference precision pinned to f32 (bf16 is the default on some CPUs)."""
 
+    no_memory_figures = "OpenVINO's CPU plugin tells no memory figures"
+
     def __init__(self, artifact: Artifact, workload: Workload) -> None:
         import openvino as ov
 
@@ -94,7 +96,8 @@ class OpenVinoSession(Session):
             "PERFORMANCE_HINT": "LATENCY",
         }
         self._ov = ov
-        self.compiled = ov.Core().compile_model(str(artifact.path), "CPU", config)
+        core = ov.Core()
+        self.compiled = core.compile_model(str(artifact.path), "CPU", config)
         precision = self.compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
         if precision != "f32":
             raise CellFailed(
@@ -109,6 +112,8 @@ class OpenVinoSession(Session):
             "runtime": f"openvino {ov.__version__}",
             "threads": int(self.compiled.get_property("INFERENCE_NUM_THREADS")),
             "inference_precision": precision,
+            "build": str(ov.get_version()),
+            "plugin_capabilities": list(core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")),
         }
 
     def set_inputs(self, arrays: Mapping[str, Any]) -> None:
