@@ -52,7 +52,7 @@ def pool(answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             continue
         pooled[key] = round(statistics.median(values))
         spread[key] = [min(values), max(values)]
-    return {**pooled, "processes": len(answers), "spread": spread, "repeatable": not _apart(answers)}
+    return {**pooled, "limit": None, "processes": len(answers), "spread": spread, "repeatable": not _apart(answers)}
 
 
 def _apart(answers: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -93,7 +93,15 @@ def stored_weights(arguments: Mapping[str, Any], progress: Any) -> dict[str, Any
 def weights(read: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
     """Return what ``stored_weights`` tells, or None with the reason: it never fails a measurement."""
     try:
+        return {**read(), "fix": None}
+    except PortcallError as error:
+        absent = {"bytes": None, "elements": None, "other_elements": None, "method": None}
+        return {**absent, "reason": error.message, "fix": error.fix or None}
+
+
+def or_absent(read: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the answer of an extra pass, or {"available": False, "reason", "fix"}: it never fails a measurement."""
+    try:
         return dict(read())
     except PortcallError as error:
-        absent = {"bytes": None, "elements": None, "other_elements": None}
-        return {**absent, "method": None, "reason": error.message}
+        return {"available": False, "reason": error.message, "fix": error.fix or None}

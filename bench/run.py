@@ -14,6 +14,7 @@ import numpy as np
 
 from portcall import artifact as artifacts
 from portcall.bench import memory
+from portcall.bench.conditions import Conditions, condition_warnings
 from portcall.bench.statistics import percentile, summarize
 from portcall.core import (
     Artifact,
@@ -44,6 +45,7 @@ class _Subject:
     error: PortcallError | None = None
     finish: dict[str, Any] | None = None
     memory: dict[str, Any] | None = None
+    energy: dict[str, Any] | None = None
     wall: list[np.ndarray[Any, Any]] = field(default_factory=list)
     cpu: list[np.ndarray[Any, Any]] = field(default_factory=list)
     device: list[np.ndarray[Any, Any]] = field(default_factory=list)
@@ -65,12 +67,14 @@ def run_bench(
     workload: Workload,
     data: DataArgument | None = None,
     output: Path | None = None,
+    find_memory_limit: bool = False,
 ) -> tuple[list[dict[str, Any]], PortcallError | None]:
     """Measure every spec (artifact folder or bare file); return the ``results`` of the JSON contract, and the error
     of saving them: what was measured is never lost to a full disk.
 
     One process each reads memory; then rounds of one process each (A B C A B C ...) are timed, so that drift hits
-    all alike. output: a folder for ``bench.json`` and the raw samples. Raises BadInput for unusable specs.
+    all alike; last one process each reads energy, where a counter exists. output: a folder for ``bench.json`` and the
+    raw samples. find_memory_limit: find the smallest limit in which it runs, too. Raises BadInput for unusable specs.
     """
     driver = get_target(target).driver(work)
     if output is not None:
@@ -83,9 +87,13 @@ def run_bench(
     for subject in subjects:
         _attempt(subject, partial(_finish, driver, subject, workload))
         _attempt(subject, partial(_measure_memory, work, driver, subject, workload))
+        if find_memory_limit:
+            _attempt(subject, partial(_find_memory_limit, driver, subject, workload))
     for number in range(workload.processes):
         for subject in subjects:
             _attempt(subject, partial(_measure, work, driver, subject, workload, number))
+    for subject in subjects:
+        _attempt(subject, partial(_measure_energy, driver, subject, workload))
     results = [_result(subject, target, workload) for subject in subjects]
     if output is not None:
         try:
@@ -241,6 +249,29 @@ def _measure_memory(work: Workspace, driver: Driver, subject: _Subject, workload
     subject.memory, subject.warnings = figures, [*subject.warnings, *warnings]
 
 
+def _find_memory_limit(driver: Driver, subject: _Subject, workload: Workload) -> None:
+    assert subject.memory is not None
+    job, label = _job(subject, workload), f"memory limit {subject.label}"
+    subject.memory["limit"] = memory.or_absent(
+        lambda: driver.run("find_memory_limit", job, label, subject.artifact.backend)
+    )
+
+
+def _measure_energy(driver: Driver, subject: _Subject, workload: Workload) -> None:
+    job, label = _job(subject, workload), f"energy {subject.label}"
+    subject.energy = memory.or_absent(
+        lambda: driver.run("measure_energy", job, label, subject.artifact.backend)
+    )
+
+
+def _conditions(subject: _Subject, workload: Workload) -> list[Conditions]:
+    artifact = subject.artifact
+    return [
+        Conditions(answer["environment"], artifact.backend, artifact.precision, workload.threads)
+        for answer in subject.answers
+    ]
+
+
 def _measure(work: Workspace, driver: Driver, subject: _Subject, workload: Workload, number: int) -> None:
     """Time one process; with a cap, it gets its share of what the processes before it left over."""
     start = time.monotonic()
@@ -279,6 +310,7 @@ def _result(subject: _Subject, target: str, workload: Workload) -> dict[str, Any
         "throughput_per_s": None,
         "finish": subject.finish,
         "memory": subject.memory,
+        "energy": subject.energy,
         "environment": None,
         "size_bytes": subject.artifact.path.stat().st_size
         if manifest is None
@@ -304,7 +336,7 @@ def _result(subject: _Subject, target: str, workload: Workload) -> dict[str, Any
     result["first_ns"] = float(np.median([a["first_ns"] for a in subject.answers]))
     result["throughput_per_s"] = workload.batch * 1e9 / latency["mean_ns"]
     result["environment"] = subject.answers[-1]["environment"]
-    result["warnings"] = [*subject.warnings, *warnings]
+    result["warnings"] = [*subject.warnings, *warnings, *condition_warnings(_conditions(subject, workload))]
     return result
 
 

@@ -169,11 +169,13 @@ def benchmark(
     data: str | Path | None = None,
     preprocess: str | None = None,
     output: str | Path | None = None,
+    find_memory_limit: bool = False,
     timeout_s: float = TIMEOUT_S,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
-    """Measure latency and memory of artifacts or bare files; what ``portcall bench --json`` prints.
+    """Measure latency, memory and energy of artifacts or bare files; what ``portcall bench --json`` prints.
 
+    find_memory_limit: also find the smallest memory limit in which each still runs (Linux, cgroups; docs/memory.md).
     output: a folder for ``bench.json`` and the raw samples; where it cannot be written, "error" stands beside the
     results.
     """
@@ -187,6 +189,7 @@ def benchmark(
             workload or Workload(),
             _data(data, preprocess),
             None if output is None else Path(output),
+            find_memory_limit,
         )
     answer: dict[str, Any] = {"schema": SCHEMA, "results": results}
     if unsaved is not None:

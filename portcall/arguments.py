@@ -368,6 +368,11 @@ def _bench(commands: Any) -> None:
         metavar="S",
         help="cap per artifact over all processes, start-up included",
     )
+    parser.add_argument(
+        "--find-memory-limit",
+        action="store_true",
+        help="also find the smallest memory limit in which it still runs (Linux; needs root or a delegated cgroup)",
+    )
     parser.add_argument("-o", "--output", metavar="DIR", help="folder for bench.json and the raw samples")
     parser.add_argument(
         "--allow-unavailable", action="store_true", help="exit 0 although a backend is not installed here"

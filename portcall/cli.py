@@ -166,6 +166,7 @@ def _run_debug(options: argparse.Namespace) -> tuple[dict[str, Any], str, int]:
 
 def _run_bench(options: argparse.Namespace) -> tuple[dict[str, Any], str, int]:
     from portcall import api
+    from portcall.bench.cost_report import cost_lines
     from portcall.bench.report import bench_table
     from portcall.core import Workload
     from portcall.progress import Reporter
@@ -185,6 +186,7 @@ def _run_bench(options: argparse.Namespace) -> tuple[dict[str, Any], str, int]:
         data=options.data,
         preprocess=options.preprocess,
         output=options.output,
+        find_memory_limit=options.find_memory_limit,
         timeout_s=options.timeout,
         reporter=Reporter(True),
     )
@@ -192,7 +194,7 @@ def _run_bench(options: argparse.Namespace) -> tuple[dict[str, Any], str, int]:
     if "error" in answer:
         code = CELL_FAILED
         print(f"portcall: {answer['error']['message']}\n  {answer['error']['fix']}", file=sys.stderr)
-    return answer, bench_table(answer["results"]), code
+    return answer, bench_table(answer["results"]) + cost_lines(answer["results"]), code
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], tuple[dict[str, Any], str, int]]] = {
