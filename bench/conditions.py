@@ -44,8 +44,8 @@ class Conditions:
 
     def gained(self, key: str) -> float | None:
         """Return by how much a cumulative counter grew; None where it is not told."""
-        values = [(self.state(when, "counters") or {}).get(key) for when in ("before", "after")]
-        return None if None in values else float(values[1] - values[0])
+        before, after = ((self.state(when, "counters") or {}).get(key) for when in ("before", "after"))
+        return None if before is None or after is None else float(after - before)
 
     @property
     def seconds(self) -> float:

@@ -42,7 +42,10 @@ def _absences(results: Sequence[Mapping[str, Any]]) -> list[str]:
     """Say once why energy or a limit is absent."""
     found: dict[str, None] = {}
     for result in results:
-        for what, answer in (("energy", result.get("energy")), ("memory limit", result["memory"].get("limit"))):
+        for what, answer in (
+            ("energy", result.get("energy")),
+            ("memory limit", result["memory"].get("limit")),
+        ):
             if answer and not answer["available"]:
                 fix = f"; fix: {answer['fix']}" if answer["fix"] else ""
                 found[f"no {what}: {answer['reason']}{fix}"] = None

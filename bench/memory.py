@@ -47,12 +47,18 @@ def pool(answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     pooled = dict(answers[-1])
     spread = {}
     for key in pooled:
-        values = [answer.get(key) for answer in answers]
-        if not key.endswith("_bytes") or None in values:
+        values = [a[key] for a in answers if a.get(key) is not None]
+        if not key.endswith("_bytes") or len(values) < len(answers):
             continue
         pooled[key] = round(statistics.median(values))
         spread[key] = [min(values), max(values)]
-    return {**pooled, "limit": None, "processes": len(answers), "spread": spread, "repeatable": not _apart(answers)}
+    return {
+        **pooled,
+        "limit": None,
+        "processes": len(answers),
+        "spread": spread,
+        "repeatable": not _apart(answers),
+    }
 
 
 def _apart(answers: Sequence[Mapping[str, Any]]) -> list[str]:

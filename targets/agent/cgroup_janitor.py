@@ -7,6 +7,7 @@ the pipe or dies. Imports nothing beyond the standard library.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -52,10 +53,8 @@ def _kill(path: str) -> None:
     except (OSError, ValueError):
         return
     for pid in pids:
-        try:
+        with contextlib.suppress(OSError):
             os.kill(pid, signal.SIGKILL)
-        except OSError:
-            pass
 
 
 def main(folder: str, prefix: str) -> None:

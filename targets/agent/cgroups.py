@@ -76,7 +76,9 @@ def find_place(root: Path = _ROOT) -> Place:
     own = own_folders(root, "memory")
     if own:
         if not (own[0] / "memory.limit_in_bytes").exists():
-            raise UnavailableError("this container does not show its memory cgroup (v1) under %s" % own[0], FIX)
+            raise UnavailableError(
+                "this container does not show its memory cgroup (v1) under %s" % own[0], FIX
+            )
         return _usable(Place(1, own[0]))
     folders = own_folders(root, "")
     if not folders:
@@ -107,7 +109,9 @@ def _usable(place: Place) -> Place:
             subprocess.run(command, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
     except (OSError, subprocess.SubprocessError) as error:
         said = getattr(error, "strerror", None) or "a process cannot be put into it"
-        raise UnavailableError("no memory cgroup can be made under %s: %s" % (place.folder, said), FIX) from error
+        raise UnavailableError(
+            "no memory cgroup can be made under %s: %s" % (place.folder, said), FIX
+        ) from error
     return place
 
 
@@ -136,7 +140,7 @@ class Group:
         return [sys.executable, "-I", "-S", "-c", _ENTER, str(self.folder / "cgroup.procs"), *command]
 
     def peak_bytes(self) -> Optional[int]:
-        """Return the largest usage so far, page cache included; None where the kernel does not tell (v2 before 5.19)."""
+        """Return the largest usage so far, page cache included; None where it is not told (v2 before 5.19)."""
         text = read(self.folder, "memory.peak" if self.version == 2 else "memory.max_usage_in_bytes")
         return int(text) if text and text.isdigit() else None
 

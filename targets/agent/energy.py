@@ -72,7 +72,7 @@ def _microjoules(path: Path) -> Callable[[], float]:
 
 
 def gpus(root: Path = _ROOT) -> Union[List[Counter], Absent]:
-    """Return the counters of NVIDIA GPUs (Volta and later): millijoules since the driver was loaded, the whole board."""
+    """Return the counters of NVIDIA GPUs (Volta and later): of the whole board."""
     if not (root / "proc/driver/nvidia").exists():
         return Absent("no NVIDIA driver in /proc")
     library = nvml.open_library()
@@ -115,7 +115,8 @@ def find(root: Path = _ROOT) -> Union[List[Counter], Absent]:
     fix = next((a.fix for a in absent if a.fix.startswith("Run as root")), "")
     return Absent(
         "; ".join(a.reason for a in absent),
-        fix or "Measure on a machine with a counter (bare metal with RAPL, an NVIDIA GPU), or with a power meter",
+        fix
+        or "Measure on a machine with a counter (bare metal with RAPL, an NVIDIA GPU), or with a power meter",
     )
 
 

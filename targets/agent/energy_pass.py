@@ -12,6 +12,7 @@ from typing import Any, Callable, Dict, List, Mapping
 
 from portcall.targets.agent import energy, jobs
 from portcall.targets.agent.contract import Artifact, Workload
+from portcall.targets.agent.nvml import Absent
 
 PAIRS = 3
 WARMUP_S = 0.25
@@ -24,7 +25,7 @@ SHORTEST_S, LONGEST_S = 0.5, 10.0
 def measure(arguments: Mapping[str, Any], progress: jobs.Progress) -> Dict[str, Any]:
     """Return the key ``energy`` of a bench result: see ``summary``, or {"available": False, "reason", "fix"}."""
     counters = energy.find()
-    if isinstance(counters, energy.Absent):
+    if isinstance(counters, Absent):
         return counters.to_json()
     artifact = Artifact.from_json(arguments["artifact"])
     workload = Workload.from_json(arguments["workload"])
@@ -36,7 +37,7 @@ def measure(arguments: Mapping[str, Any], progress: jobs.Progress) -> Dict[str, 
         try:
             answer = metered(session.infer, counters, workload.batch)
         except OSError as error:
-            return energy.Absent("an energy counter failed: %s" % error).to_json()
+            return Absent("an energy counter failed: %s" % error).to_json()
         jobs._check(names, session, arguments, limit=1)
     return answer
 

@@ -26,7 +26,7 @@ from portcall.targets.agent.contract import Artifact, Workload
 from portcall.targets.agent.errors import CellFailed, UnavailableError, error_from_kind
 
 INFERENCES = 5
-CONFIRMATIONS = 3
+CONFIRMATIONS = 5
 """The smallest limit must hold this many times: what the kernel can reclaim varies."""
 
 FINEST_BYTES = 1 << 20
@@ -36,6 +36,9 @@ SLOWDOWN = 20.0
 
 def find(arguments: Mapping[str, Any], progress: jobs.Progress) -> Dict[str, Any]:
     """Return "limit_bytes" with its resolution, the tries, and how it was found; see docs/memory.md.
+
+    The edge is not sharp: "ran_once_at_bytes" is the smallest limit in which some try ran, "failed_at_bytes" the
+    largest in which one failed; limit_bytes is above the latter and held ``CONFIRMATIONS`` times in a row.
 
     Without permission or a memory controller: {"available": False, "reason", "fix"}. Raises what the artifact raises
     without a limit: then there is nothing to search.
@@ -70,6 +73,7 @@ def find(arguments: Mapping[str, Any], progress: jobs.Progress) -> Dict[str, Any
             free["peak_bytes"] or 256 << 20,
             resolution,
         )
+    once = min(t["limit_bytes"] for t in tries if t["limit_bytes"] is not None and t["runs"])
     passing = [t for t in tries if t["limit_bytes"] == smallest and t["runs"]]
     failing = [t for t in tries if t["limit_bytes"] is not None and not t["runs"]]
     at_limit = statistics.median(t["infer_ns"] for t in passing)
@@ -77,6 +81,9 @@ def find(arguments: Mapping[str, Any], progress: jobs.Progress) -> Dict[str, Any
         "available": True,
         "limit_bytes": smallest,
         "resolution_bytes": resolution,
+        "ran_once_at_bytes": once,
+        "failed_at_bytes": max((t["limit_bytes"] for t in failing), default=None),
+        "confirmations": CONFIRMATIONS,
         "method": "bisection in a cgroup v%d, swap off, a fresh process per try" % place.version,
         "cgroup_version": place.version,
         "checked_samples": free["checked"],
@@ -89,7 +96,9 @@ def find(arguments: Mapping[str, Any], progress: jobs.Progress) -> Dict[str, Any
     }
 
 
-def search(runs: Callable[[int], bool], peak: int, resolution: int, confirmations: int = CONFIRMATIONS) -> int:
+def search(
+    runs: Callable[[int], bool], peak: int, resolution: int, confirmations: int = CONFIRMATIONS
+) -> int:
     """Return the smallest multiple of *resolution* at which *runs* is true *confirmations* times in a row.
 
     peak: where the search begins, in bytes. All limits are multiples of *resolution*; the one below the answer was
@@ -111,7 +120,9 @@ def search(runs: Callable[[int], bool], peak: int, resolution: int, confirmation
     while not all(runs(high * resolution) for _ in range(more)):
         high, more = high + 1, confirmations
         if high > most:
-            raise CellFailed("no limit holds %d times in a row" % confirmations, "Run it on a quieter machine")
+            raise CellFailed(
+                "no limit holds %d times in a row" % confirmations, "Run it on a quieter machine"
+            )
     return high * resolution
 
 
@@ -148,12 +159,19 @@ def _try(group: cgroups.Group, arguments: Mapping[str, Any], timeout_s: Optional
         told = {"seconds": seconds, "peak_bytes": group.peak_bytes(), "infer_ns": None, "checked": None}
         failed = {**told, "runs": False, "kind": "failed", "fix": ""}
         if timed_out:
-            return {**failed, "reason": "not done within %.0f s: it spends its time on reclaiming memory" % seconds}
+            return {
+                **failed,
+                "reason": "not done within %.0f s: it spends its time on reclaiming memory" % seconds,
+            }
         try:
             answer = json.loads((folder / "answer.json").read_text())
         except FileNotFoundError:
             killed = group.oom_kills()
-            reason = "killed by the kernel for memory" if killed else "the process ended with %d" % child.returncode
+            reason = (
+                "killed by the kernel for memory"
+                if killed
+                else "the process ended with %d" % child.returncode
+            )
             return {**failed, "reason": reason}
     if "error" in answer:
         error = answer["error"]
@@ -186,7 +204,11 @@ def _drop_from_cache(path: Path) -> None:
     """Have the kernel forget the file's pages, so that the next process to read them is charged for them."""
     if not hasattr(os, "posix_fadvise"):
         return
-    files = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else list(path.parent.glob(path.stem + ".*"))
+    files = (
+        [p for p in path.rglob("*") if p.is_file()]
+        if path.is_dir()
+        else list(path.parent.glob(path.stem + ".*"))
+    )
     for file in files:
         try:
             fd = os.open(str(file), os.O_RDONLY)

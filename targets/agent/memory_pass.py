@@ -30,7 +30,7 @@ def measure(arguments: Mapping[str, Any], progress: jobs.Progress) -> Dict[str, 
     baseline = memory.read()
     with backend.load(artifact, workload) as session:
         loaded = memory.read()
-        load_peak = memory.peak_rss_bytes() if can_reset else None
+        load_peak = memory.peak_rss_bytes()
         names = jobs._Names(artifact, session)
         names.bind(session, jobs._batch(session, names, inputs, workload.batch))
         memory.reset_peak()
@@ -43,7 +43,8 @@ def measure(arguments: Mapping[str, Any], progress: jobs.Progress) -> Dict[str, 
         gpu = nvml.process_memory()
         jobs._check(names, session, arguments, limit=None)
     # The counters may lag behind the exact figures: a peak is at least what was seen at any moment.
-    peaks = [max(peak, inferred.rss_bytes)] + [max(load_peak, loaded.rss_bytes)] * (load_peak is not None)
+    peak = max(peak, inferred.rss_bytes)
+    load_peak = max(load_peak, loaded.rss_bytes)
     answer: Dict[str, Any] = {
         "method": memory.METHOD,
         "current_method": baseline.method,
@@ -51,9 +52,9 @@ def measure(arguments: Mapping[str, Any], progress: jobs.Progress) -> Dict[str, 
         "baseline_bytes": baseline.rss_bytes,
         "model_bytes": loaded.rss_bytes - baseline.rss_bytes,
         "loaded_bytes": loaded.rss_bytes,
-        "peak_bytes": max(peaks),
-        "load_peak_bytes": peaks[1] if can_reset else None,
-        "infer_peak_bytes": peaks[0] if can_reset else None,
+        "peak_bytes": max(peak, load_peak),
+        "load_peak_bytes": load_peak if can_reset else None,
+        "infer_peak_bytes": peak if can_reset else None,
         "inferred_bytes": inferred.rss_bytes,
         "trimmed_bytes": None if trimmed is None else trimmed.rss_bytes,
         "pss_bytes": inferred.pss_bytes,

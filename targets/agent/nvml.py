@@ -26,7 +26,9 @@ def open_library() -> Union[Any, Absent]:
     try:
         import pynvml  # type: ignore[import-not-found,import-untyped,unused-ignore]  # optional
     except ImportError:
-        return Absent("nvidia-ml-py is not installed", "On a machine with an NVIDIA GPU: pip install nvidia-ml-py")
+        return Absent(
+            "nvidia-ml-py is not installed", "On a machine with an NVIDIA GPU: pip install nvidia-ml-py"
+        )
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError as error:
@@ -54,7 +56,9 @@ def process_memory() -> Union[int, Absent]:
             for process in library.nvmlDeviceGetComputeRunningProcesses(handle):
                 if process.pid == os.getpid():
                     if process.usedGpuMemory is None:
-                        return Absent("the driver does not tell GPU memory per process (MIG, or Windows' WDDM)")
+                        return Absent(
+                            "the driver does not tell GPU memory per process (MIG, or Windows' WDDM)"
+                        )
                     total += int(process.usedGpuMemory)
     except library.NVMLError as error:
         return Absent("NVML does not tell GPU memory per process: %s" % error)
