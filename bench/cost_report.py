@@ -8,7 +8,7 @@ from typing import Any
 from portcall.bench.report import ABSENT, align
 
 HEADER = (
-    "memory MB", "precision", "import", "+load", "load peak", "infer peak", "PSS", "runs in", "+-",
+    "memory MB", "precision", "import", "model", "load peak", "infer peak", "PSS", "runs in", "+-",
     "mJ/inference", "net mJ", "n",
 )  # fmt: skip
 

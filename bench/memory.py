@@ -8,69 +8,72 @@ from typing import Any
 
 from portcall.core import Artifact, CellFailed, PortcallError
 
-FEWEST, MOST = 2, 5
-"""Fresh processes: the second tells whether the first can be repeated."""
+MOST = 5
+"""Processes at fixed addresses, where two disagree."""
 
 AGREE = 0.02
-"""Figures this close to each other, as a share of the larger, are repeatable."""
+"""Figures this close to each other, as a share of the larger, agree."""
 
 FLOOR_BYTES = 1 << 20
 """Differences below this are noise of the kernel and of the loader, however small the model is."""
 
-JUDGED = ("model_bytes", "peak_bytes")
+Read = Callable[[str, bool], Mapping[str, Any]]
 
 
-def run_memory(read: Callable[[int], Mapping[str, Any]]) -> tuple[dict[str, Any], list[str]]:
-    """Return the key ``memory`` and warnings. read(i): the answer of the i-th fresh process.
+def run_memory(read: Read) -> tuple[dict[str, Any], list[str]]:
+    """Return the key ``memory`` and warnings. read(layout, held): the answer of one fresh process (``memory_pass``).
 
-    Two processes; where they disagree, up to five.
+    Three processes: one at fixed addresses gives the figures, one that gives freed heap back after load what the model
+    holds, one at random addresses tells whether the peak depends on them. Where it does, more say by how much.
     """
-    answers = [read(number) for number in range(FEWEST)]
-    while len(answers) < MOST and _apart(answers):
-        answers.append(read(len(answers)))
-    pooled = pool(answers)
+    fixed = [read("fixed", False)]
+    held = read("fixed", True)
+    other = [read("random", False)]
+    if _apart([*fixed, *other]):
+        fixed.append(read("fixed", False))
+        other += [read("random", False) for _ in range(2)]
+        while len(fixed) < MOST and _apart(fixed):
+            fixed.append(read("fixed", False))
+    pooled = pool(fixed if fixed[0]["layout"] == "fixed" else [*fixed, *other], held)
+    peaks = [a["peak_bytes"] for a in (*fixed, *other)]
+    pooled["spread"] = {"peak_bytes": [min(peaks), max(peaks)]}
+    pooled["processes"] = len(peaks) + 1
+    pooled["repeatable"] = not _apart([*fixed, *other])
     warnings = []
-    for key in _apart(answers):
-        low, high = pooled["spread"][key]
+    if not pooled["repeatable"]:
         warnings.append(
-            f"memory varies between fresh processes: {key} {low / 1e6:.1f} to {high / 1e6:.1f} MB over "
-            f"{len(answers)}: read the spread, not the median alone"
+            f"the peak of memory depends on the addresses that a process gets: {min(peaks) / 1e6:.1f} to "
+            f"{max(peaks) / 1e6:.1f} MB over {len(peaks)} processes: plan for more than the largest"
         )
     return pooled, warnings
 
 
-def pool(answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the median over processes of every figure in bytes, with "processes", "spread" and "repeatable".
+def pool(answers: Sequence[Mapping[str, Any]], held: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the median over processes of every figure in bytes; what the model holds is that of *held*.
 
     Everything else (methods, the runtime's own figures) is the last process's. A figure that a process lacks is None.
     """
     pooled = dict(answers[-1])
-    spread = {}
     for key in pooled:
         values = [a[key] for a in answers if a.get(key) is not None]
-        if not key.endswith("_bytes") or len(values) < len(answers):
-            continue
-        pooled[key] = round(statistics.median(values))
-        spread[key] = [min(values), max(values)]
+        if key.endswith("_bytes") and len(values) == len(answers):
+            pooled[key] = round(statistics.median(values))
+    absent = {k: v for k, v in pooled["absent"].items() if k != "freed_bytes"}
+    if held["freed_bytes"] is None:
+        absent["freed_bytes"] = held["absent"]["freed_bytes"]
     return {
         **pooled,
+        "model_bytes": held["model_bytes"],
+        "freed_bytes": held["freed_bytes"],
         "limit": None,
-        "processes": len(answers),
-        "spread": spread,
-        "repeatable": not _apart(answers),
+        "absent": absent,
     }
 
 
-def _apart(answers: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the judged figures of which the closest two thirds do not agree: one stray process does not count."""
-    found = []
-    for key in JUDGED:
-        values = sorted(answer[key] for answer in answers)
-        kept = -(-2 * len(values) // 3)
-        widths = [values[i + kept - 1] - values[i] for i in range(len(values) - kept + 1)]
-        if min(widths) > max(FLOOR_BYTES, AGREE * values[-1]):
-            found.append(key)
-    return found
+def _apart(answers: Sequence[Mapping[str, Any]]) -> bool:
+    """Tell whether the peaks of processes disagree."""
+    peaks = [answer["peak_bytes"] for answer in answers]
+    return max(peaks) - min(peaks) > max(FLOOR_BYTES, AGREE * max(peaks))
 
 
 def stored_weights(arguments: Mapping[str, Any], progress: Any) -> dict[str, Any]:

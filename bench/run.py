@@ -240,7 +240,9 @@ def _finish(driver: Driver, subject: _Subject, workload: Workload) -> None:
 def _measure_memory(work: Workspace, driver: Driver, subject: _Subject, workload: Workload) -> None:
     job, backend = _job(subject, workload), subject.artifact.backend
     figures, warnings = memory.run_memory(
-        lambda number: driver.run("measure_memory", job, f"memory {subject.label} {number + 1}", backend)
+        lambda layout, held: driver.run(
+            "measure_memory", {**job, "layout": layout, "held": held}, f"memory {subject.label}", backend
+        )
     )
     label = f"weights {subject.label}"
     figures["weights"] = memory.weights(

@@ -137,7 +137,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         onnx = [p if p.suffix == ".onnx" else p / "model.onnx" for p in paths]
         known = [p for p in onnx if p.is_file()]
         planted = planted_rows(known[0], options.times, folder) if known else []
-    kernel = f"{os.uname().sysname} {os.uname().release}, {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}"
+    kernel = (
+        f"{os.uname().sysname} {os.uname().release}, {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}"
+    )
     if options.json:
         print(json.dumps({"on": kernel, "repeat": repeats, "planted": planted}, indent=2))
         return 0
@@ -152,7 +154,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         header = ("planted in", "figure", "seen MiB", "error MiB", "n")
         mib = 1 << 20
         rows = [
-            (r["planted"], r["figure"], f"{r['seen_bytes'] / mib:.3f}", f"{r['error_bytes'] / mib:+.3f}", str(r["n"]))
+            (
+                r["planted"],
+                r["figure"],
+                f"{r['seen_bytes'] / mib:.3f}",
+                f"{r['error_bytes'] / mib:+.3f}",
+                str(r["n"]),
+            )
             for r in planted
         ]
         print(f"\n{PLANTED / mib:.0f} MiB planted into {known[0].name}\n{align(header, rows)}")

@@ -8,20 +8,14 @@ the artifact are dropped from the cache before each try where nobody else maps t
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping, Optional
 
-import portcall
-import portcall.exporters
-from portcall.targets.agent import agent_main, cgroups, jobs
+from portcall.targets.agent import cgroups, child, jobs
 from portcall.targets.agent.contract import Artifact, Workload
 from portcall.targets.agent.errors import CellFailed, UnavailableError, error_from_kind
 
@@ -129,54 +123,22 @@ def search(
 def _try(group: cgroups.Group, arguments: Mapping[str, Any], timeout_s: Optional[float]) -> Dict[str, Any]:
     """Run ``attempt`` in a fresh process in *group*; tell whether it ran, and if not, why."""
     start = time.monotonic()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        job = {
-            "call": "portcall.targets.agent.memory_limit:attempt",
-            "arguments": arguments,
-            "package_root": str(Path(portcall.__file__).parent),
-            "exporters_path": list(portcall.exporters.__path__),
+    ended = child.run("portcall.targets.agent.memory_limit:attempt", arguments, group.command, timeout_s)
+    seconds = time.monotonic() - start
+    told = {"seconds": seconds, "peak_bytes": group.peak_bytes(), "infer_ns": None, "checked": None}
+    failed = {**told, "runs": False, "kind": "failed", "fix": ""}
+    if ended.timed_out:
+        return {
+            **failed,
+            "reason": "not done within %.0f s: it spends its time on reclaiming memory" % seconds,
         }
-        (folder / "job.json").write_text(json.dumps(job))
-        isolated = "-P" if sys.version_info >= (3, 11) else "-I"
-        command = [sys.executable, isolated, agent_main.__file__]
-        command += [str(folder / "job.json"), str(folder / "answer.json")]
-        child = subprocess.Popen(
-            group.command(command),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        timed_out = False
-        try:
-            child.wait(timeout_s)
-        except subprocess.TimeoutExpired:
-            timed_out = True
-        finally:
-            child.kill()
-            child.wait()
-        seconds = time.monotonic() - start
-        told = {"seconds": seconds, "peak_bytes": group.peak_bytes(), "infer_ns": None, "checked": None}
-        failed = {**told, "runs": False, "kind": "failed", "fix": ""}
-        if timed_out:
-            return {
-                **failed,
-                "reason": "not done within %.0f s: it spends its time on reclaiming memory" % seconds,
-            }
-        try:
-            answer = json.loads((folder / "answer.json").read_text())
-        except FileNotFoundError:
-            killed = group.oom_kills()
-            reason = (
-                "killed by the kernel for memory"
-                if killed
-                else "the process ended with %d" % child.returncode
-            )
-            return {**failed, "reason": reason}
-    if "error" in answer:
-        error = answer["error"]
+    if ended.answer is None:
+        by_signal = "the process ended with %d" % ended.returncode
+        return {**failed, "reason": "killed by the kernel for memory" if group.oom_kills() else by_signal}
+    if "error" in ended.answer:
+        error = ended.answer["error"]
         return {**failed, "reason": error["message"], "kind": error["kind"], "fix": error["fix"]}
-    return {**told, **answer["value"], "runs": True, "reason": None}
+    return {**told, **ended.answer["value"], "runs": True, "reason": None}
 
 
 def attempt(arguments: Mapping[str, Any], progress: jobs.Progress) -> Dict[str, Any]:
