@@ -102,16 +102,15 @@ def find_place(root: Path = _ROOT) -> Place:
 
 def _usable(place: Place) -> Place:
     """Return *place* if a group can be made there and a process of ours put into it."""
+    if place.folder.is_dir() and not os.access(str(place.folder), os.W_OK):
+        raise UnavailableError("this user may not make a cgroup under %s" % place.folder, FIX)
     try:
-        with _made(place, "portcall-%d-probe" % os.getpid()) as group:
-            group.set_limit(1 << 30)
+        with Groups(place) as groups, groups.make(1 << 30) as group:
             command = group.command([sys.executable, "-I", "-S", "-c", ""])
             subprocess.run(command, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
     except (OSError, subprocess.SubprocessError) as error:
         said = getattr(error, "strerror", None) or "a process cannot be put into it"
-        raise UnavailableError(
-            "no memory cgroup can be made under %s: %s" % (place.folder, said), FIX
-        ) from error
+        raise UnavailableError("no memory cgroup can be made under %s: %s" % (place.folder, said), FIX) from error
     return place
 
 
