@@ -73,7 +73,7 @@ def pool(answers: Sequence[Mapping[str, Any]], held: Mapping[str, Any]) -> dict[
 def _apart(answers: Sequence[Mapping[str, Any]]) -> bool:
     """Tell whether the peaks of processes disagree."""
     peaks = [answer["peak_bytes"] for answer in answers]
-    return max(peaks) - min(peaks) > max(FLOOR_BYTES, AGREE * max(peaks))
+    return bool(max(peaks) - min(peaks) > max(FLOOR_BYTES, AGREE * max(peaks)))
 
 
 def stored_weights(arguments: Mapping[str, Any], progress: Any) -> dict[str, Any]:

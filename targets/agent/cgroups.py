@@ -110,7 +110,9 @@ def _usable(place: Place) -> Place:
             subprocess.run(command, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
     except (OSError, subprocess.SubprocessError) as error:
         said = getattr(error, "strerror", None) or "a process cannot be put into it"
-        raise UnavailableError("no memory cgroup can be made under %s: %s" % (place.folder, said), FIX) from error
+        raise UnavailableError(
+            "no memory cgroup can be made under %s: %s" % (place.folder, said), FIX
+        ) from error
     return place
 
 

@@ -56,7 +56,10 @@ SEEN: dict[str, tuple[dict[str, Any], str]] = {
     "frequency": ({"after": {"cpu_mhz": {"median": 1500.0}}}, "clock moved by 25%"),
     "heat": ({"after": {"temperatures_c": {"cpu": 97.0}}}, "shows 97 degrees"),
     "threads": ({"threads": 6}, "2 more threads than CPUs"),
-    "quota_threads": ({"threads": 4, "machine": {"cpu_quota_cores": 1.5}}, "2.5 more threads than the CPU quota"),
+    "quota_threads": (
+        {"threads": 4, "machine": {"cpu_quota_cores": 1.5}},
+        "2.5 more threads than the CPU quota",
+    ),
     "slow_int8": ({"precision": "int8", "machine": {"cpu_flags": ["avx2"]}}, "int8 on a CPU without"),
 }
 

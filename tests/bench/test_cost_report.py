@@ -17,7 +17,20 @@ def test_figures_stand_in_their_columns_and_what_is_absent_is_a_dash() -> None:
     energy = {"available": True, "joules_per_inference": 0.0123, "net_joules_per_inference": 0.0045}
     limit = {"available": True, "limit_bytes": 80_000_000, "resolution_bytes": 1_048_576}
     _, _, header, row = cost_lines([result(energy=energy, limit=limit)]).split("\n")
-    assert row.split() == ["tflite", "int8", "54.0", "29.7", "-", "-", "1.0", "80.0", "1.0", "12.3", "4.5", "3p"]
+    assert row.split() == [
+        "tflite",
+        "int8",
+        "54.0",
+        "29.7",
+        "-",
+        "-",
+        "1.0",
+        "80.0",
+        "1.0",
+        "12.3",
+        "4.5",
+        "3p",
+    ]
     assert header.split()[:3] == ["memory", "MB", "precision"]
     assert len(HEADER) == 12
 

@@ -62,7 +62,9 @@ def test_memory_and_energy_have_their_keys(two: list[Path]) -> None:
 def test_a_limit_that_cannot_be_searched_leaves_the_measurement(
     two: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refused(self: RecordingDriver, job: str, arguments: Mapping[str, Any], label: str, backend: str) -> Any:
+    def refused(
+        self: RecordingDriver, job: str, arguments: Mapping[str, Any], label: str, backend: str
+    ) -> Any:
         if job == "find_memory_limit":
             raise UnavailableError("no cgroups on this device", "Use another one")
         return local.LocalDriver.run(self, job, arguments, label, backend)

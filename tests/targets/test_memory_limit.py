@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import signal
@@ -141,7 +140,9 @@ def test_without_permission_it_is_unavailable_with_reason_and_fix() -> None:
         "if os.getuid() == 0: os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
         "print(json.dumps(memory_limit.find({}, print)))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
     found = json.loads(done.stdout)
     assert found["available"] is False and found["limit_bytes"] is None
     assert "may not make a cgroup under" in found["reason"] and "systemd-run --user --scope" in found["fix"]
