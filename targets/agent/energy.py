@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable, List, Mapping, Optional, Tuple, Union
+from typing import Any, Callable, List, Mapping, Optional, Sequence, Tuple, Union
 
 from portcall.targets.agent import nvml
 from portcall.targets.agent.cgroups import read
@@ -97,15 +97,23 @@ def gpus(root: Path = _ROOT) -> Union[List[Counter], Absent]:
     return found or Absent("NVML shows no GPU")
 
 
-FINDERS: Tuple[Callable[[Path], Union[List[Counter], Absent]], ...] = (rapl, gpus)
+FINDERS: Mapping[str, Callable[[Path], Union[List[Counter], Absent]]] = {"RAPL": rapl, "NVML": gpus}
+
+ON_GPU = ("tensorrt", "tensorrt_rtx")
+"""Backends that compute on the GPU; of the others its energy is none of theirs."""
 
 
-def find(root: Path = _ROOT) -> Union[List[Counter], Absent]:
-    """Return every counter, or Absent with the reasons of all kinds."""
+def kinds_of(backend: str) -> Tuple[str, ...]:
+    """Return the kinds of counters that concern a backend."""
+    return ("RAPL", "NVML") if backend in ON_GPU else ("RAPL",)
+
+
+def find(root: Path = _ROOT, kinds: Sequence[str] = ("RAPL", "NVML")) -> Union[List[Counter], Absent]:
+    """Return every counter of these kinds, or Absent with the reasons of all."""
     counters: List[Counter] = []
     absent: List[Absent] = []
-    for finder in FINDERS:
-        found = finder(root)
+    for kind in kinds:
+        found = FINDERS[kind](root)
         if isinstance(found, Absent):
             absent.append(found)
         else:

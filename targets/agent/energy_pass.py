@@ -16,18 +16,18 @@ from portcall.targets.agent.nvml import Absent
 
 PAIRS = 3
 WARMUP_S = 0.25
-UPDATES = 500
-"""A window lasts this many updates of the slowest counter, so that its resolution is 0.2 % of the window ..."""
+UPDATES = 50
+"""A window lasts this many updates of the slowest counter, so that its resolution is 2 % of the window or finer ..."""
 SHORTEST_S, LONGEST_S = 0.5, 10.0
 """... within these limits."""
 
 
 def measure(arguments: Mapping[str, Any], progress: jobs.Progress) -> Dict[str, Any]:
     """Return the key ``energy`` of a bench result: see ``summary``, or {"available": False, "reason", "fix"}."""
-    counters = energy.find()
+    artifact = Artifact.from_json(arguments["artifact"])
+    counters = energy.find(kinds=energy.kinds_of(artifact.backend))
     if isinstance(counters, Absent):
         return counters.to_json()
-    artifact = Artifact.from_json(arguments["artifact"])
     workload = Workload.from_json(arguments["workload"])
     backend, artifact, _ = jobs.ready(artifact, workload)
     inputs, _ = jobs._inputs(arguments["inputs"])

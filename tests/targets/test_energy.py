@@ -69,6 +69,8 @@ def test_no_counter_is_absent_with_a_reason(tmp_path: Path) -> None:
     assert isinstance(found, Absent)
     assert "no RAPL counter" in found.reason and "no NVIDIA driver" in found.reason and found.fix
     assert found.to_json()["available"] is False
+    of_the_cpu = find(tmp_path, energy.kinds_of("tflite"))
+    assert isinstance(of_the_cpu, Absent) and "NVIDIA" not in of_the_cpu.reason
 
 
 def test_a_counter_that_only_root_may_read_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
