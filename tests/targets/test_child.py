@@ -16,9 +16,12 @@ ADDRESS = "import ctypes; print(ctypes.addressof(ctypes.create_string_buffer(1 <
 def test_fixed_addresses_are_the_same_in_every_process() -> None:
     command = child.at_fixed_addresses([sys.executable, "-I", "-S", "-c", ADDRESS])
     found = {subprocess.run(command, capture_output=True, check=True).stdout for _ in range(5)}
-    flag = "import sys; sys.path[:0] = [%r]; from portcall.targets.agent import child; print(child.has_fixed_addresses())"
     root = str(Path(__file__).parent.parent.parent)
-    command = child.at_fixed_addresses([sys.executable, "-c", flag % root])
+    flag = (
+        f"import sys; sys.path[:0] = [{root!r}]\n"
+        "from portcall.targets.agent import child; print(child.has_fixed_addresses())"
+    )
+    command = child.at_fixed_addresses([sys.executable, "-c", flag])
     said = subprocess.run(command, capture_output=True, check=True, text=True).stdout.strip()
     if said == "False":
         pytest.skip("this system does not allow fixed addresses (seccomp?): run it without")
