@@ -6,12 +6,14 @@ The child stays in the process group of the agent and so ends with it.
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Mapping, Optional
+from typing import Any, Callable, Dict, List, Mapping, NoReturn, Optional
 
 import portcall
 import portcall.exporters
@@ -35,6 +37,25 @@ class Ended:
     answer: Optional[Dict[str, Any]]
     timed_out: bool
     returncode: int
+
+    @property
+    def death(self) -> str:
+        """Say how it ended, for one without an answer."""
+        if self.returncode >= 0:
+            return "the process exited with status %d" % self.returncode
+        try:
+            return "the process was killed by %s" % signal.Signals(-self.returncode).name
+        except ValueError:
+            return "the process was killed by signal %d" % -self.returncode
+
+
+def end_like(ended: Ended) -> NoReturn:
+    """End this process as its child ended, so that whoever waits for it tells the true reason."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if ended.returncode < 0:
+        os.kill(os.getpid(), -ended.returncode)
+    os._exit(max(ended.returncode, 1))
 
 
 def run(

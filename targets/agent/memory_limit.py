@@ -133,8 +133,7 @@ def _try(group: cgroups.Group, arguments: Mapping[str, Any], timeout_s: Optional
             "reason": "not done within %.0f s: it spends its time on reclaiming memory" % seconds,
         }
     if ended.answer is None:
-        by_signal = "the process ended with %d" % ended.returncode
-        return {**failed, "reason": "killed by the kernel for memory" if group.oom_kills() else by_signal}
+        return {**failed, "reason": "killed by the kernel for memory" if group.oom_kills() else ended.death}
     if "error" in ended.answer:
         error = ended.answer["error"]
         return {**failed, "reason": error["message"], "kind": error["kind"], "fix": error["fix"]}

@@ -14,7 +14,7 @@ from typing import Any, Dict, List, Mapping
 
 from portcall.targets.agent import child, jobs, memory, nvml
 from portcall.targets.agent.contract import Artifact, Session, Workload
-from portcall.targets.agent.errors import CellFailed, error_from_kind
+from portcall.targets.agent.errors import error_from_kind
 
 INFERENCES = 5
 """The first allocates, some runtimes pack weights or fill caches in the second."""
@@ -30,7 +30,7 @@ def measure(arguments: Mapping[str, Any], progress: jobs.Progress) -> Dict[str, 
         return read_process(arguments, progress)
     ended = child.run("portcall.targets.agent.memory_pass:read_process", arguments, child.at_fixed_addresses)
     if ended.answer is None:
-        raise CellFailed("the process that reads memory ended with %d" % ended.returncode)
+        child.end_like(ended)
     if "error" in ended.answer:
         error = ended.answer["error"]
         raise error_from_kind(error["kind"], error["message"], error["fix"])

@@ -30,11 +30,16 @@ def test_fixed_addresses_are_the_same_in_every_process() -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "expected"), [("import sys; sys.exit(3)", 3), ("import os; os.kill(os.getpid(), 9)", -9)]
+    ("code", "expected", "death"),
+    [
+        ("import sys; sys.exit(3)", 3, "the process exited with status 3"),
+        ("import os; os.kill(os.getpid(), 9)", -9, "the process was killed by SIGKILL"),
+    ],
 )
-def test_a_child_that_ends_without_an_answer(code: str, expected: int) -> None:
+def test_a_child_that_ends_without_an_answer(code: str, expected: int, death: str) -> None:
     ended = child.run("no:matter", {}, lambda command: [sys.executable, "-I", "-S", "-c", code])
     assert (ended.answer, ended.timed_out, ended.returncode) == (None, False, expected)
+    assert ended.death == death
 
 
 def test_a_child_that_hangs_is_killed() -> None:
