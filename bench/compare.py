@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from portcall.bench.passes import Bench, finish, measure_memory
+from portcall.bench.passes import Bench, finish, read_memory
 from portcall.bench.sequential import fixed_interval
 from portcall.bench.subject import Subject, find_inputs, open_subject
 from portcall.bench.verdict import (
@@ -33,7 +33,8 @@ METRICS = ("p50", "p95", "p99", "cpu", "memory")
 FEWEST_PAIRS = 5
 """Pairs before the first verdict: below, the interval is wide whatever was found."""
 
-MEMORY_PROCESSES = 3
+MEMORY_PROCESSES = 4
+"""Fresh ones per side: the peak depends on the addresses that a process happens to get."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,9 +158,7 @@ def _measure_memory_of(
         return None
     for _ in range(MEMORY_PROCESSES):
         for side in sides:
-            measure_memory(bench, side.subject)
-            assert side.subject.memory is not None
-            side.memory.append(side.subject.memory)
+            side.memory.append(read_memory(bench, side.subject, "random", False))
     base, candidate = ([float(m["peak_bytes"]) for m in side.memory] for side in sides)
     return base, candidate
 

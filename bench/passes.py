@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from portcall import artifact as artifacts
+from portcall.bench import memory
 from portcall.bench.placement import no_placement, placement_of
 from portcall.bench.rounds import time_process
 from portcall.bench.statistics import percentile
@@ -32,6 +33,7 @@ class Passes:
 
     witness_pairs: int | None = None
     placement: bool = True
+    find_memory_limit: bool = False
     min_placement: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -61,10 +63,12 @@ def finish(bench: Bench, subject: Subject) -> None:
 
 
 def measure_memory(bench: Bench, subject: Subject) -> None:
-    """Read memory in a process of its own; raise CellFailed where the timed processes would not have enough."""
-    job, label = subject.job(bench.workload), f"memory {subject.label}"
+    """Read memory in processes of its own; raise CellFailed where the timed processes would not have enough."""
+    job = subject.job(bench.workload)
     try:
-        subject.memory = bench.driver.run("measure_memory", job, label, subject.interpreter)
+        subject.memory, warnings = memory.run_memory(
+            lambda layout, held: read_memory(bench, subject, layout, held)
+        )
     except WorkerDied as error:
         if "SIGKILL" not in error.message or error.fix:
             raise
@@ -73,18 +77,52 @@ def measure_memory(bench: Bench, subject: Subject) -> None:
             error.message,
             f"Its files hold {size / 1e6:.0f} MB: see that several times as much memory is free, in this container too",
         ) from error
+    subject.warnings += warnings
+    label = f"weights {subject.label}"
+    subject.memory["weights"] = memory.weights(
+        lambda: bench.work.call("portcall.bench.memory:stored_weights", job, label, subject.interpreter)
+    )
     check_room(subject.label, subject.memory)
 
 
-def check_room(label: str, memory: Mapping[str, Any]) -> None:
+def read_memory(bench: Bench, subject: Subject, layout: str, held: bool) -> Mapping[str, Any]:
+    """Return what one fresh process tells of its memory: see the agent's ``memory_pass``."""
+    job = {**subject.job(bench.workload), "layout": layout, "held": held}
+    answer: Mapping[str, Any] = bench.driver.run(
+        "measure_memory", job, f"memory {subject.label}", subject.interpreter
+    )
+    return answer
+
+
+def find_memory_limit(bench: Bench, subject: Subject) -> None:
+    """Find the smallest memory limit in which it still runs; where that cannot be, the reason stands there."""
+    if not bench.wanted.find_memory_limit:
+        return
+    assert subject.memory is not None
+    job, label = subject.job(bench.workload), f"memory limit {subject.label}"
+    subject.memory["limit"] = memory.or_absent(
+        lambda: bench.driver.run("find_memory_limit", job, label, subject.interpreter)
+    )
+
+
+def measure_energy(bench: Bench, subject: Subject) -> None:
+    """Read energy counters in a process of its own; where there is none, the reason stands there."""
+    job, label = subject.job(bench.workload), f"energy {subject.label}"
+    subject.extra["energy"] = memory.or_absent(
+        lambda: bench.driver.run("measure_energy", job, label, subject.interpreter)
+    )
+
+
+def check_room(label: str, figures: Mapping[str, Any]) -> None:
     """Raise CellFailed where one process peaks above what is available: it would swap, or be killed in the middle.
 
     Processes run one after another, so that one process has to fit, however many there are.
     """
-    available = memory.get("available_bytes")
-    if available is not None and memory["peak_bytes"] > available:
+    available = figures.get("available_bytes")
+    if available is not None and figures["peak_bytes"] > available:
+        takes, left = (f"{value / 1e6:.0f} MB" for value in (figures["peak_bytes"], available))
         raise CellFailed(
-            f"one process of {label} takes {memory['peak_bytes'] / 1e6:.0f} MB, {available / 1e6:.0f} MB are available",
+            f"one process of {label} takes {takes}, {left} are available",
             "End other programs, raise the container's memory limit, or give a smaller --batch",
         )
 
@@ -131,8 +169,8 @@ def witness(bench: Bench, subject: Subject) -> None:
     )
 
 
-BEFORE: list[Pass] = [finish, measure_memory]
+BEFORE: list[Pass] = [finish, measure_memory, find_memory_limit]
 """Done in this order for each subject before any is timed."""
 
-AFTER: list[Pass] = [place, witness]
+AFTER: list[Pass] = [measure_energy, place, witness]
 """Done for each subject that was timed without an error."""

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from portcall import artifact as artifacts
+from portcall.bench.conditions import Conditions, condition_warnings
 from portcall.bench.statistics import percentile, summarize
 from portcall.bench.subject import Subject
 from portcall.core import Outcome, PortcallError, Workload, outcome_of
@@ -86,7 +87,11 @@ def result_of(subject: Subject, target: str, workload: Workload) -> dict[str, An
         *_steady_warnings(result["steady"], answers),
         *_growth_warnings(growths),
     ]
-    result["warnings"] = [*subject.warnings, *told, *warnings]
+    artifact = subject.artifact
+    conditions = [
+        Conditions(a["environment"], artifact.backend, artifact.precision, workload.threads) for a in answers
+    ]
+    result["warnings"] = [*subject.warnings, *told, *warnings, *condition_warnings(conditions)]
     return result
 
 

@@ -100,6 +100,8 @@ class OnnxRuntimeSession(Session):
     spinning: of threads that wait for work; None for the runtime's default (one thread has nobody to wait for).
     """
 
+    no_memory_figures = "ONNX Runtime's Python API does not tell its arena's statistics (the C API does)"
+
     def __init__(self, path: Path, threads: int, spinning: Optional[bool] = None) -> None:
         import onnxruntime as ort
 
@@ -119,6 +121,7 @@ class OnnxRuntimeSession(Session):
             "providers": self._session.get_providers(),
             "threads": threads,
             "spinning": spinning,
+            "build": ort.get_build_info(),
         }
 
     def _open(self, path: Path, options: Any) -> Any:

@@ -85,11 +85,14 @@ def export(graph: Graph, recipe: Recipe, ranges: Optional[Ranges], directory: Pa
 class OpenVinoSession(Session):
     """A compiled model with bound tensors, inference precision pinned to f32 (bf16 is the default on some CPUs)."""
 
+    no_memory_figures = "OpenVINO's CPU plugin tells no memory figures"
+
     def __init__(self, artifact: Artifact, workload: Workload, streams: int = 1) -> None:
         import openvino as ov
 
         self._ov = ov
-        self.compiled = ov.Core().compile_model(str(artifact.path), "CPU", self._config(workload, streams))
+        core = ov.Core()
+        self.compiled = core.compile_model(str(artifact.path), "CPU", self._config(workload, streams))
         precision = self.compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
         if precision != "f32":
             raise CellFailed(
@@ -105,6 +108,8 @@ class OpenVinoSession(Session):
             "threads": int(self.compiled.get_property("INFERENCE_NUM_THREADS")),
             "inference_precision": precision,
             "streams": int(self.compiled.get_property("NUM_STREAMS")),
+            "build": str(ov.get_version()),
+            "plugin_capabilities": list(core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")),
         }
 
     def another(self) -> Session:

@@ -147,6 +147,8 @@ class LiteRtSession(Session):
     The runtime is LiteRT's, else TensorFlow Lite's own, else the one inside TensorFlow.
     """
 
+    no_memory_figures = "the interpreter's Python API does not tell the size of its arena, nor XNNPACK's"
+
     def __init__(self, path: Path, workload: Workload) -> None:
         import importlib
 

@@ -182,16 +182,18 @@ def benchmark(
     output: str | Path | None = None,
     write: Sequence[tuple[str, str | Path]] = (),
     placement: bool = True,
+    find_memory_limit: bool = False,
     min_placement: Mapping[str, float] | None = None,
     timeout_s: float = TIMEOUT_S,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
-    """Measure latency and memory of artifacts or bare files; what ``portcall bench --json`` prints.
+    """Measure latency, memory and energy of artifacts or bare files; what ``portcall bench --json`` prints.
 
     mode: "latency", "throughput", "cold", "sustained", or one of ``portcall.bench.modes`` with its settings, such as
     ``Arrival(rate_per_s=100)``; its figures stand in the result's object of its name.
     witness_pairs: also run the runtime's own benchmark tool on the same file, in that many pairs with processes of
     ours: "witness" of each result, see the documentation of witness.
+    find_memory_limit: also find the smallest memory limit in which each still runs (Linux, cgroups; docs/memory.md).
     placement: profile one more process of each, to tell which operators run where. min_placement: "operators" or
     "time" -> the least share (0 to 1) on the intended unit; a result below it is a failed one with error_kind "budget",
     and keeps its figures.
@@ -204,7 +206,10 @@ def benchmark(
     specs = [artifacts_or_files] if single else list(artifacts_or_files)  # type: ignore[arg-type]  # narrowed by single
     if witness_pairs is not None and witness_pairs < 1:
         raise BadInput(f"witness_pairs is {witness_pairs}", "Give at least 1, or None for no witness")
-    chosen, wanted = get_mode(mode), Passes(witness_pairs, placement, check_budgets(min_placement, placement))
+    chosen, wanted = (
+        get_mode(mode),
+        Passes(witness_pairs, placement, find_memory_limit, check_budgets(min_placement, placement)),
+    )
     written: list[dict[str, Any]] = []
     with contextlib.ExitStack() as stack:
         folder = None if output is None else Path(output)

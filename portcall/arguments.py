@@ -390,6 +390,11 @@ def _bench(commands: Any) -> None:
     parser.add_argument(
         "--witness-pairs", type=_count, default=10, metavar="N", help="pairs of --witness (default 10)"
     )
+    parser.add_argument(
+        "--find-memory-limit",
+        action="store_true",
+        help="also find the smallest memory limit in which it still runs (Linux; needs root or a delegated cgroup)",
+    )
     parser.add_argument("-o", "--output", metavar="DIR", help="folder for bench.json and the raw samples")
     parser.add_argument(
         "--write",

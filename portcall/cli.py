@@ -174,6 +174,7 @@ def _run_debug(options: argparse.Namespace) -> tuple[dict[str, Any], str, int]:
 
 def _run_bench(options: argparse.Namespace) -> tuple[dict[str, Any], str, int]:
     from portcall import api
+    from portcall.bench.cost_report import cost_lines
     from portcall.bench.modes_report import mode_table
     from portcall.bench.report import bench_table
     from portcall.core import Workload
@@ -201,12 +202,14 @@ def _run_bench(options: argparse.Namespace) -> tuple[dict[str, Any], str, int]:
         output=options.output,
         write=options.write,
         placement=not options.no_placement,
+        find_memory_limit=options.find_memory_limit,
         min_placement=dict(options.min_placement),
         timeout_s=options.timeout,
         reporter=Reporter(True),
     )
     code = _code(answer["results"], options.allow_unavailable)
-    text = (bench_table if mode == "latency" else mode_table)(answer["results"])
+    results = answer["results"]
+    text = bench_table(results) + cost_lines(results) if mode == "latency" else mode_table(results)
     if options.witness:
         from portcall.bench.witness.report import witness_text
 

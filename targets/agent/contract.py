@@ -355,6 +355,7 @@ class Session:
     outputs: Tuple[TensorSpec, ...]
     environment: Dict[str, Any]
     device_times_ns: Sequence[float] = ()
+    no_memory_figures: str = "the runtime's Python API tells no memory figures"
 
     def set_inputs(self, arrays: Mapping[str, Any]) -> None:
         """Bind *arrays* (runtime name -> ndarray of the runtime's shape and dtype)."""
@@ -367,6 +368,10 @@ class Session:
     def get_outputs(self) -> Dict[str, Any]:
         """Return copies of the outputs of the last inference (runtime name -> ndarray)."""
         raise NotImplementedError
+
+    def memory_figures(self) -> Mapping[str, int]:
+        """Return what the runtime itself says of its memory, name -> bytes; empty: see ``no_memory_figures``."""
+        return {}
 
 
 @dataclass(frozen=True)

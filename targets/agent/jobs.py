@@ -18,7 +18,6 @@ from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Seque
 import numpy as np
 
 from portcall.targets.agent import fingerprint, memory, settings, timing
-from portcall.targets.agent.available import available_bytes
 from portcall.targets.agent.binding import to_runtime, to_source
 from portcall.targets.agent.contract import (
     Artifact,
@@ -300,27 +299,24 @@ def measure(arguments: Mapping[str, Any], progress: Progress) -> Dict[str, Any]:
 
 
 def measure_memory(arguments: Mapping[str, Any], progress: Progress) -> Dict[str, Any]:
-    """Read memory in a process of its own: after importing the runtime, after load, and the high-water mark."""
-    settings.apply(Workload.from_json(arguments["workload"]))
-    artifact = Artifact.from_json(arguments["artifact"])
-    with _session(artifact, Workload.from_json(arguments["workload"])) as (session, costs):
-        loaded = memory.current_rss_bytes()
-        names = _Names(artifact, session)
-        inputs, _ = _inputs(arguments["inputs"])
-        names.bind(session, _batch(session, names, inputs, arguments["workload"]["batch"]))
-        for _ in range(3):
-            session.infer()
-        peak = memory.peak_rss_bytes()
-        _check(names, session, arguments, limit=None)
-        left = available_bytes()  # beside what this process holds
-        available = None if left is None else left + memory.current_rss_bytes()
-    return {
-        "method": memory.METHOD,
-        "baseline_bytes": costs["baseline_bytes"],
-        "model_bytes": loaded - costs["baseline_bytes"],
-        "peak_bytes": peak,
-        "available_bytes": available,
-    }
+    """Read memory in a process of its own: see ``memory_pass``."""
+    from portcall.targets.agent import memory_pass  # it needs this module
+
+    return memory_pass.measure(arguments, progress)
+
+
+def measure_energy(arguments: Mapping[str, Any], progress: Progress) -> Dict[str, Any]:
+    """Read energy counters around inferences, in a process of its own: see ``energy_pass``."""
+    from portcall.targets.agent import energy_pass
+
+    return energy_pass.measure(arguments, progress)
+
+
+def find_memory_limit(arguments: Mapping[str, Any], progress: Progress) -> Dict[str, Any]:
+    """Find the smallest memory limit in which the artifact still runs: see ``memory_limit``."""
+    from portcall.targets.agent import memory_limit
+
+    return memory_limit.find(arguments, progress)
 
 
 def write_inputs(arguments: Mapping[str, Any], progress: Progress) -> Dict[str, Any]:
