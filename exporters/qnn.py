@@ -138,7 +138,7 @@ def _version(options: Mapping[str, Any]) -> str:
     """Return the version of onnxruntime-qnn that builds: older ones do not load its contexts."""
     import importlib.metadata
 
-    from portcall.targets.agent.jobs import is_older
+    from portcall.targets.agent.opening import is_older
 
     here = importlib.metadata.version(DISTRIBUTION)
     asked = str(options.get("min_runtime", here))

@@ -45,7 +45,7 @@ from portcall.recipe import backend_options, shared_options
 from portcall.targets import get_target, target_names
 from portcall.targets.agent.binding import source_spec, to_runtime, to_source
 from portcall.targets.agent.contract import Session
-from portcall.targets.agent.jobs import ready
+from portcall.targets.agent.opening import ready
 from portcall.verification import run_verify
 from portcall.workspace import DataArgument, open_workspace
 

@@ -26,7 +26,7 @@ from portcall.core import (
     outcome_of,
 )
 from portcall.targets import Driver
-from portcall.targets.agent.jobs import REFERENCE
+from portcall.targets.agent.opening import REFERENCE
 
 PAIRS = 10
 

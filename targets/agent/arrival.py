@@ -8,7 +8,7 @@ from typing import Any, Callable, Dict, Mapping, Optional, Tuple
 import numpy as np
 
 from portcall.targets.agent.loaded import check_clock, loaded
-from portcall.targets.agent.measure import _collector_off, _touched
+from portcall.targets.agent.measure import collector_off, touched
 
 _SPIN_NS = 1_000_000
 """The server sleeps until this long before a request is due, then spins: a sleep alone wakes 0.1 ms late."""
@@ -69,10 +69,10 @@ def serve(
     *stop_ns*, but for the first. clock and sleep: those of a simulation, in tests.
     """
     due = due_ns.data
-    begin, end = _touched(len(due_ns)), _touched(len(due_ns))
+    begin, end = touched(len(due_ns)), touched(len(due_ns))
     begins, ends = begin.data, end.data
     count = 0
-    with _collector_off():
+    with collector_off():
         origin = now = clock()
         for number in range(len(due)):
             if due[number] >= stop_ns and count:

@@ -43,23 +43,23 @@ def measure(arguments: Mapping[str, Any], progress: Progress) -> Dict[str, Any]:
         raise UnavailableError(found.reason, found.fix)
 
     from portcall.targets.agent import fingerprint
-    from portcall.targets.agent.jobs import _batch, _check, _inputs, _Names, ready
+    from portcall.targets.agent.opening import Names, batch_of, check_outputs, read_inputs, ready
 
     _, artifact, _ = ready(artifact, workload)
     if artifact.finished is not None and arguments.get("cache", "warm") != "warm":
         pagecache.drop(_files(artifact.finished))  # its hash was just checked: it is in the page cache again
-    inputs, _ = _inputs(arguments["inputs"])
+    inputs, _ = read_inputs(arguments["inputs"])
     marks.append(monotonic_ns())
     with backend.load(artifact, workload) as session:
         marks.append(monotonic_ns())
-        names = _Names(artifact, session)
-        batch = _batch(session, names, inputs, workload.batch)
+        names = Names(artifact, session)
+        batch = batch_of(session, names, inputs, workload.batch)
         marks.append(monotonic_ns())
         names.bind(session, batch)
         marks.append(monotonic_ns())
         session.infer()
         marks.append(monotonic_ns())
-        _check(names, session, arguments, limit=1)
+        check_outputs(names, session, arguments, limit=1)
         environment = session.environment
         runtime = sorted(mapped_files() - before)
     parts = {

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, Dict, List, Mapping, NoReturn, Optional, Tuple
 
 import numpy as np
 
-from portcall.targets.agent import fingerprint, jobs
+from portcall.targets.agent import fingerprint, jobs, opening
 from portcall.targets.agent.contract import Artifact, Workload
 from portcall.targets.agent.errors import CellFailed, error_from_kind
 
@@ -163,11 +163,11 @@ def turns(arguments: Mapping[str, Any], progress: jobs.Progress) -> Dict[str, An
     artifact, workload = Artifact.from_json(arguments["artifact"]), Workload.from_json(arguments["workload"])
     before = fingerprint.state()
     go, done = arguments["go_fd"], arguments["done_fd"]
-    with jobs._session(artifact, workload) as (session, costs):
-        names = jobs._Names(artifact, session)
-        inputs, _ = jobs._inputs(arguments["inputs"])
-        jobs._check(names, session, arguments, limit=1)
-        names.bind(session, jobs._batch(session, names, inputs, workload.batch))
+    with opening.open_session(artifact, workload) as (session, costs):
+        names = opening.Names(artifact, session)
+        inputs, _ = opening.read_inputs(arguments["inputs"])
+        opening.check_outputs(names, session, arguments, limit=1)
+        names.bind(session, opening.batch_of(session, names, inputs, workload.batch))
         infer = session.infer if not arguments["slowdown"] else slowed(session.infer, arguments["slowdown"])
         pinned = _pin(arguments["cpus"])
         wall, cpu = np.empty(0, np.int64), np.empty(0, np.int64)

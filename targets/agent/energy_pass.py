@@ -10,7 +10,7 @@ import statistics
 import time
 from typing import Any, Callable, Dict, List, Mapping
 
-from portcall.targets.agent import energy, jobs
+from portcall.targets.agent import energy, jobs, opening
 from portcall.targets.agent.contract import Artifact, Workload
 from portcall.targets.agent.nvml import Absent
 
@@ -29,16 +29,16 @@ def measure(arguments: Mapping[str, Any], progress: jobs.Progress) -> Dict[str, 
     if isinstance(counters, Absent):
         return counters.to_json()
     workload = Workload.from_json(arguments["workload"])
-    backend, artifact, _ = jobs.ready(artifact, workload)
-    inputs, _ = jobs._inputs(arguments["inputs"])
+    backend, artifact, _ = opening.ready(artifact, workload)
+    inputs, _ = opening.read_inputs(arguments["inputs"])
     with backend.load(artifact, workload) as session:
-        names = jobs._Names(artifact, session)
-        names.bind(session, jobs._batch(session, names, inputs, workload.batch))
+        names = opening.Names(artifact, session)
+        names.bind(session, opening.batch_of(session, names, inputs, workload.batch))
         try:
             answer = metered(session.infer, counters, workload.batch)
         except OSError as error:
             return Absent("an energy counter failed: %s" % error).to_json()
-        jobs._check(names, session, arguments, limit=1)
+        opening.check_outputs(names, session, arguments, limit=1)
     return answer
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from portcall.targets.agent import fingerprint, settings
 from portcall.targets.agent.contract import Artifact, Backend, Session, Workload
 from portcall.targets.agent.errors import CellFailed
-from portcall.targets.agent.jobs import _batch, _check, _inputs, _Names, ready
+from portcall.targets.agent.opening import Names, batch_of, check_outputs, read_inputs, ready
 
 
 class Loaded:
@@ -76,15 +76,15 @@ def loaded(arguments: Mapping[str, Any], streams: int = 1) -> Iterator[Loaded]:
         found.warnings = [*warnings, *([] if spinning is None else [spinning])]
         if arguments.get("deadline_s") is not None:
             found.deadline_ns = started + int(arguments["deadline_s"] * 1e9)
-        inputs, _ = _inputs(arguments["inputs"])
+        inputs, _ = read_inputs(arguments["inputs"])
         for session in sessions:
-            names = _Names(artifact, session)
-            batch = _batch(session, names, inputs, workload.batch)
+            names = Names(artifact, session)
+            batch = batch_of(session, names, inputs, workload.batch)
             names.bind(session, batch)
             start = time.perf_counter_ns()
             session.infer()
             found.first_ns = found.first_ns or time.perf_counter_ns() - start
-            _check(names, session, arguments, limit=1)
+            check_outputs(names, session, arguments, limit=1)
             names.bind(session, batch)
         yield found
 

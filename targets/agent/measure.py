@@ -81,14 +81,14 @@ def run_loop(
     deadline = _NEVER if deadline_ns is None else deadline_ns
     budget_ns = 0 if max_warmup_s is None else int(max_warmup_s * 1e9)
     least_ns = int(warmup_s * 1e9) if max_warmup_s is None else min(int(warmup_s * 1e9), budget_ns)
-    with _collector_off():
+    with collector_off():
         warmup = _warm_up(infer, least_ns, max(budget_ns, least_ns), deadline, max_warmup_s is not None)
         min_time_ns = int(min_time_s * 1e9)
         spare_ns = max(0, budget_ns - warmup.took_ns)
         predicted = 2 * (min_time_ns + min(spare_ns, 2 * min_time_ns)) // warmup.fastest_ns
         capacity = min(max_count, max(_SPARE, 2 * min_count, predicted + _FEWEST))
-        wall_ns = _touched(capacity)
-        cpu_ns = _touched(capacity)
+        wall_ns = touched(capacity)
+        cpu_ns = touched(capacity)
         if on_warm is not None:
             on_warm()
             infer()  # what on_warm() did to the caches is not for a sample
@@ -176,7 +176,7 @@ def _warm_up(
     infer: Callable[[], None], least_ns: int, budget_ns: int, deadline: int, until_steady: bool
 ) -> _Warmup:
     """Warm up for *least_ns*; with *until_steady*, until a piece is stationary or *budget_ns* is over."""
-    times_ns = _touched(_SPARE)
+    times_ns = touched(_SPARE)
     count, fastest, took = 0, _NEVER, 0
     piece_ns = least_ns
     while True:
@@ -216,7 +216,7 @@ def _piece(
             return count, now - start
 
 
-def _touched(capacity: int) -> np.ndarray:
+def touched(capacity: int) -> np.ndarray:
     """Return an int64 array whose pages are in memory (numpy.zeros would leave that to the timed loop)."""
     array = np.empty(capacity, dtype=np.int64)
     array.fill(-1)
@@ -224,7 +224,7 @@ def _touched(capacity: int) -> np.ndarray:
 
 
 @contextmanager
-def _collector_off() -> Iterator[None]:
+def collector_off() -> Iterator[None]:
     """Collect once, then keep the garbage collector off; afterwards it is as it was."""
     was_enabled = gc.isenabled()
     gc.collect()

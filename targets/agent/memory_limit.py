@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping, Optional
 
-from portcall.targets.agent import cgroups, child, jobs
+from portcall.targets.agent import cgroups, child, jobs, opening
 from portcall.targets.agent.contract import Artifact, Workload
 from portcall.targets.agent.errors import CellFailed, UnavailableError, error_from_kind
 
@@ -144,17 +144,17 @@ def attempt(arguments: Mapping[str, Any], progress: jobs.Progress) -> Dict[str, 
     """Load, infer and check in this process; return the median time of an inference and how many samples agreed."""
     artifact = Artifact.from_json(arguments["artifact"])
     workload = Workload.from_json(arguments["workload"])
-    backend, artifact, _ = jobs.ready(artifact, workload)
-    inputs, reference = jobs._inputs(arguments["inputs"])
+    backend, artifact, _ = opening.ready(artifact, workload)
+    inputs, reference = opening.read_inputs(arguments["inputs"])
     with backend.load(artifact, workload) as session:
-        names = jobs._Names(artifact, session)
-        names.bind(session, jobs._batch(session, names, inputs, workload.batch))
+        names = opening.Names(artifact, session)
+        names.bind(session, opening.batch_of(session, names, inputs, workload.batch))
         times = []
         for _ in range(INFERENCES):
             start = time.perf_counter_ns()
             session.infer()
             times.append(time.perf_counter_ns() - start)
-        jobs._check(names, session, arguments, limit=None)
+        opening.check_outputs(names, session, arguments, limit=None)
     return {
         "infer_ns": statistics.median(times),
         "checked": len(arguments["expected_sqnr_db"]) if reference else 0,

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Any, Dict, List, Mapping
 
-from portcall.targets.agent import child, jobs, memory, nvml, settings
+from portcall.targets.agent import child, jobs, memory, nvml, opening, settings
 from portcall.targets.agent.available import available_bytes
 from portcall.targets.agent.contract import Artifact, Session, Workload
 from portcall.targets.agent.errors import error_from_kind
@@ -44,8 +44,8 @@ def read_process(arguments: Mapping[str, Any], progress: jobs.Progress) -> Dict[
     artifact = Artifact.from_json(arguments["artifact"])
     workload = Workload.from_json(arguments["workload"])
     settings.apply(workload)
-    backend, artifact, _ = jobs.ready(artifact, workload)
-    inputs, _ = jobs._inputs(arguments["inputs"])
+    backend, artifact, _ = opening.ready(artifact, workload)
+    inputs, _ = opening.read_inputs(arguments["inputs"])
     inputs = {k: v[: workload.batch].copy() for k, v in inputs.items()}
     memory.settle()
     can_reset = memory.reset_peak()
@@ -54,8 +54,8 @@ def read_process(arguments: Mapping[str, Any], progress: jobs.Progress) -> Dict[
         loaded = memory.read()
         load_peak = max(memory.peak_rss_bytes(), loaded.rss_bytes)
         held = memory.read() if arguments["held"] and memory.settle() else None
-        names = jobs._Names(artifact, session)
-        names.bind(session, jobs._batch(session, names, inputs, workload.batch))
+        names = opening.Names(artifact, session)
+        names.bind(session, opening.batch_of(session, names, inputs, workload.batch))
         memory.reset_peak()
         for _ in range(INFERENCES):
             session.infer()
@@ -65,7 +65,7 @@ def read_process(arguments: Mapping[str, Any], progress: jobs.Progress) -> Dict[
         trimmed = memory.read() if memory.settle() else None
         runtime = dict(session.memory_figures()) or None
         gpu = nvml.process_memory()
-        jobs._check(names, session, arguments, limit=None)
+        opening.check_outputs(names, session, arguments, limit=None)
         left = available_bytes()  # beside what this process holds
     answer: Dict[str, Any] = {
         "method": memory.METHOD,

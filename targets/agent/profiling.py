@@ -124,7 +124,7 @@ def profile(arguments: Mapping[str, Any], progress: Callable[[int, Optional[int]
     means, "operators": [Operator as JSON], "counted", "notes", "untimed", "environment"}. Raises UnsupportedError where
     the backend tells nothing of its operators.
     """
-    from portcall.targets.agent.jobs import _batch, _inputs, _Names, ready
+    from portcall.targets.agent.opening import Names, batch_of, read_inputs, ready
 
     artifact = Artifact.from_json(arguments["artifact"])
     workload = Workload.from_json(arguments["workload"])
@@ -135,9 +135,9 @@ def profile(arguments: Mapping[str, Any], progress: Callable[[int, Optional[int]
             "Use the vendor's own profiler",
         )
     with backend.profile(artifact, workload) as session:
-        names = _Names(artifact, session)
-        inputs, _ = _inputs(arguments["inputs"])
-        names.bind(session, _batch(session, names, inputs, workload.batch))
+        names = Names(artifact, session)
+        inputs, _ = read_inputs(arguments["inputs"])
+        names.bind(session, batch_of(session, names, inputs, workload.batch))
         _run(session, 2, 2, workload.warmup_s)
         session.forget()
         took_ns = _run(session, FEWEST, MOST, min(workload.min_time_s, LONGEST_S))

@@ -10,7 +10,7 @@ import numpy as np
 
 from portcall.targets.agent import fingerprint
 from portcall.targets.agent.loaded import check_clock, loaded
-from portcall.targets.agent.measure import _collector_off, _touched
+from portcall.targets.agent.measure import collector_off, touched
 
 _LEAST_CAPACITY, _MOST_CAPACITY = 1 << 18, 1 << 22
 _FEWEST_WARMUP = 3
@@ -81,7 +81,7 @@ def run_series(
     arrays are allocated and touched before, and never grow.
     """
     deadline = 1 << 63 if deadline_ns is None else deadline_ns
-    with _collector_off():
+    with collector_off():
         start = now = perf_counter_ns()
         stop, fastest, calls = min(start + int(warmup_s * 1e9), deadline), 1 << 63, 0
         while True:
@@ -92,7 +92,7 @@ def run_series(
             if now >= stop and (calls >= _FEWEST_WARMUP or now >= deadline):
                 break
         capacity = min(_MOST_CAPACITY, max(_LEAST_CAPACITY, 2 * int(duration_s * 1e9) // fastest + 1))
-        arrays = _touched(capacity), _touched(capacity), _touched(capacity)
+        arrays = touched(capacity), touched(capacity), touched(capacity)
         observe(0)
         count, elapsed_ns = _timed(
             infer,

@@ -9,7 +9,7 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 import numpy as np
 
 from portcall.targets.agent.loaded import check_clock, loaded
-from portcall.targets.agent.measure import _collector_off, _touched
+from portcall.targets.agent.measure import collector_off, touched
 
 _FEWEST = 5
 _LEAST_CAPACITY, _MOST_CAPACITY = 1 << 16, 1 << 20
@@ -68,7 +68,7 @@ def run_streams(
             fastest = _warm_up(infers[number], int(warmup_s * 1e9), deadline)
             capacity = 2 * int(min_time_s * 1e9) // fastest + _FEWEST
             capacity = min(_MOST_CAPACITY, max(_LEAST_CAPACITY, capacity))
-            begin, end = _touched(capacity), _touched(capacity)
+            begin, end = touched(capacity), touched(capacity)
             barrier.wait()
             found[number] = _timed(infers[number], begin, end, stop[0], deadline)
         except threading.BrokenBarrierError:  # another stream failed
@@ -77,7 +77,7 @@ def run_streams(
             errors.append(error)
             barrier.abort()
 
-    with _collector_off():
+    with collector_off():
         threads = [threading.Thread(target=work, args=(number,)) for number in range(len(infers))]
         for thread in threads:
             thread.start()
