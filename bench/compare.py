@@ -10,25 +10,28 @@ from typing import Any
 
 import numpy as np
 
+from portcall.bench.environment import difference
 from portcall.bench.passes import Bench, finish, read_memory
 from portcall.bench.sequential import fixed_interval
 from portcall.bench.subject import Subject, find_inputs, open_subject
 from portcall.bench.verdict import (
+    METRICS,
     Pair,
     Ratio,
     Verdict,
+    check_metric,
     judge,
+    metric_json,
     p50_ratio,
     percentile_ratio,
-    smallest_effect,
+    top_verdict,
 )
 from portcall.core import BadInput, Workload
 from portcall.targets import get_target
+from portcall.targets.agent import settings
 from portcall.targets.agent.fingerprint import identity
 from portcall.worker import AGENT_MAIN, PACKAGE_ROOT, interpreter_command
 from portcall.workspace import DataArgument, Workspace
-
-METRICS = ("p50", "p95", "p99", "cpu", "memory")
 
 FEWEST_PAIRS = 5
 """Pairs before the first verdict: below, the interval is wide whatever was found."""
@@ -79,8 +82,8 @@ def run_compare(
 
     Raises BadInput for what cannot be compared at all, and the PortcallError of a side that cannot be measured.
     """
-    if options.metric not in METRICS:
-        raise BadInput(f"no metric {options.metric!r}", f"There are: {', '.join(METRICS)}")
+    check_metric(options.metric)
+    settings.check(options.workload)
     started = time.monotonic()
     bench = Bench(work, get_target(target).driver(work), target, options.workload)
     sides = [open_side(work, number, spec) for number, spec in enumerate((base, candidate))]
@@ -241,11 +244,18 @@ def _answer(
 ) -> dict[str, Any]:
     machines = {identity(a["environment"]["machine"]) for side in sides for a in side.answers}
     incomparable = len(machines) > 1
-    metrics = [_metric(name, pairs, memory, options, incomparable) for name in METRICS]
-    primary = next(m for m in metrics if m["name"] == options.metric)
+    n = sum(p.base.size for p in pairs)
+    metrics = []
+    for name in METRICS:
+        reason = _absent(name, options)
+        ratio = None if reason else _ratio(name, pairs, memory, options)
+        if ratio is None:
+            reason = reason or f"n={n} inferences support no {name}: allow more time with --max-time"
+        metrics.append(metric_json(name, ratio, reason, options.margin, incomparable))
+    base, candidate = (side.answers[-1]["environment"] for side in sides)
     return {
         "schema": 1,
-        "verdict": primary["verdict"] or Verdict.INCONCLUSIVE.value,
+        "verdict": top_verdict(metrics, options.metric),
         "metric": options.metric,
         "margin": options.margin,
         "target": target,
@@ -256,33 +266,9 @@ def _answer(
         "interval": "fixed-sample" if options.fixed else "sequential",
         "base": _side_json(sides[0], [p.base for p in pairs], options),
         "candidate": _side_json(sides[1], [p.candidate for p in pairs], options),
-        "stack_difference": _stack_difference(sides),
+        "difference": difference(base, candidate).to_json(),
         "warnings": _warnings(sides, incomparable),
     }
-
-
-def _metric(
-    name: str,
-    pairs: Sequence[Pair],
-    memory: tuple[list[float], list[float]] | None,
-    options: CompareOptions,
-    incomparable: bool,
-) -> dict[str, Any]:
-    """Return one entry of "metrics"."""
-    found: dict[str, Any] = dict.fromkeys(("ratio", "ci", "verdict", "smallest_effect"))
-    reason = _absent(name, options)
-    ratio = None if reason else _ratio(name, pairs, memory, options)
-    if ratio is None:
-        n = sum(p.base.size for p in pairs)
-        reason = reason or f"n={n} inferences support no {name}: allow more time with --max-time"
-        return {"name": name, **found, "reason": reason}
-    verdict = Verdict.INCOMPARABLE if incomparable else judge(ratio, options.margin)
-    found["ratio"] = float(np.exp(ratio.center))
-    found["ci"] = None if ratio.interval is None else [float(np.exp(v)) for v in ratio.interval]
-    found["verdict"] = verdict.value
-    if verdict == Verdict.INCONCLUSIVE:
-        found["smallest_effect"] = smallest_effect(ratio, options.margin)
-    return {"name": name, **found, "reason": None}
 
 
 def _side_json(side: Side, wall: Sequence[np.ndarray[Any, Any]], options: CompareOptions) -> dict[str, Any]:
@@ -301,19 +287,9 @@ def _side_json(side: Side, wall: Sequence[np.ndarray[Any, Any]], options: Compar
     }
 
 
-def _stack_difference(sides: Sequence[Side]) -> list[dict[str, Any]]:
-    """Return what differs between the two software stacks, by key."""
-    base, candidate = (side.answers[-1]["environment"]["stack"] for side in sides)
-    keys = sorted((set(base) | set(candidate)) - {"absent"})
-    return [
-        {"key": k, "base": base.get(k), "candidate": candidate.get(k)}
-        for k in keys
-        if base.get(k) != candidate.get(k)
-    ]
-
-
 def _warnings(sides: Sequence[Side], incomparable: bool) -> list[str]:
-    found = list(dict.fromkeys(w for side in sides for w in side.subject.warnings))
+    told = [w for side in sides for a in side.answers for w in a["warnings"]]
+    found = list(dict.fromkeys([w for side in sides for w in side.subject.warnings] + told))
     if incomparable:
         found.append("the machine changed between the processes: compare again where CPUs and limits stay")
     if not all(a["pinned"] for side in sides for a in side.answers):

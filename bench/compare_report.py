@@ -20,28 +20,38 @@ def compare_table(answer: Mapping[str, Any]) -> str:
         "",
         align(HEADER, [_row(m) for m in answer["metrics"]]),
         "",
-        f"{answer['pairs']} pairs of fresh processes on {answer['target']} in {answer['seconds']:.1f} s, "
-        f"margin {100 * answer['margin']:g} %, {answer['interval']} intervals"
-        + ("" if answer["stopped"] != "clear" else "; stopped because the verdict was clear"),
+        _how(answer),
     ]
-    for row in answer["stack_difference"]:
-        lines.append(f"differs: {row['key']}: {row['base']} -> {row['candidate']}")
+    for row in answer["difference"]["stack"]:
+        lines.append(f"differs: {row['key']}: {row['a']} -> {row['b']}")
     lines += [f"warning: {w}" for w in answer["warnings"]]
     return "\n".join(lines)
+
+
+def _how(answer: Mapping[str, Any]) -> str:
+    margin = f"margin {100 * answer['margin']:g} %, {answer['interval']} intervals"
+    if answer["stopped"] == "saved":
+        return f"two saved benches of {answer['target']}, {margin}"
+    clear = "; stopped because the verdict was clear" if answer["stopped"] == "clear" else ""
+    return (
+        f"{answer['pairs']} pairs of fresh processes on {answer['target']} in {answer['seconds']:.1f} s, "
+        f"{margin}{clear}"
+    )
 
 
 def _sentence(answer: Mapping[str, Any]) -> str:
     metric = next(m for m in answer["metrics"] if m["name"] == answer["metric"])
     if metric["ratio"] is None:
         return f"{metric['name']}: {metric['reason']}"
+    if answer["verdict"] == "incomparable":
+        return "the machines or the workloads differ"
     change = 100 * (metric["ratio"] - 1)
     text = f"{metric['name']} {change:+.1f} %"
     if answer["verdict"] == "inconclusive":
         effect = metric["smallest_effect"]
-        text += "; this run " + (
-            f"would have found a slow-down of {100 * effect:.1f} %" if effect is not None else "is too short"
-        )
-        text += ": allow more time with --max-time"
+        seen = "is too short" if effect is None else f"would have found a slow-down of {100 * effect:.1f} %"
+        more = "more --processes" if answer["stopped"] == "saved" else "more time with --max-time"
+        text += f"; this run {seen}: allow {more}"
     return text
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -12,8 +12,12 @@ import numpy as np
 
 from portcall.bench.sequential import sequential_half_width, sequential_interval
 from portcall.bench.statistics import percentile, supported_percentile
+from portcall.core import BadInput
 
 Array = np.ndarray[Any, Any]
+
+METRICS = ("p50", "p95", "p99", "cpu", "memory")
+"""What ``compare`` compares: percentiles of wall time, P50 of CPU time, the peak of resident memory."""
 
 
 class Verdict(StrEnum):
@@ -126,3 +130,31 @@ def _jackknife(pairs: Sequence[Pair], statistic: Callable[[Sequence[Pair]], floa
     left_out = [statistic([*pairs[:i], *pairs[i + 1 :]]) for i in range(n)]
     values = [n * whole - (n - 1) * value for value in left_out]
     return Ratio(values, sequential_interval(values))
+
+
+def metric_json(
+    name: str, ratio: Ratio | None, reason: str | None, margin: float, incomparable: bool
+) -> dict[str, Any]:
+    """Return one entry of "metrics"; reason: why there is no ratio."""
+    found: dict[str, Any] = dict.fromkeys(("ratio", "ci", "verdict", "smallest_effect"))
+    if ratio is None:
+        return {"name": name, **found, "reason": reason}
+    verdict = Verdict.INCOMPARABLE if incomparable else judge(ratio, margin)
+    found["ratio"] = float(np.exp(ratio.center))
+    found["ci"] = None if ratio.interval is None else [float(np.exp(v)) for v in ratio.interval]
+    found["verdict"] = verdict.value
+    if verdict == Verdict.INCONCLUSIVE:
+        found["smallest_effect"] = smallest_effect(ratio, margin)
+    return {"name": name, **found, "reason": None}
+
+
+def top_verdict(metrics: Sequence[Mapping[str, Any]], primary: str) -> str:
+    """Return the verdict of the metric *primary*; inconclusive where it has none."""
+    found = next(m["verdict"] for m in metrics if m["name"] == primary)
+    return str(found or Verdict.INCONCLUSIVE.value)
+
+
+def check_metric(name: str) -> None:
+    """Raise BadInput for a metric that does not exist."""
+    if name not in METRICS:
+        raise BadInput(f"no metric {name!r}", f"There are: {', '.join(METRICS)}")

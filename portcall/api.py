@@ -16,6 +16,7 @@ import numpy as np
 from portcall import artifact as artifacts
 from portcall.accuracy import Accuracy
 from portcall.bench.compare import CompareOptions, run_compare
+from portcall.bench.compare_saved import compare_saved, is_saved
 from portcall.bench.formats import check_write, write_results
 from portcall.bench.modes import Mode, get_mode
 from portcall.bench.modes_run import run_mode
@@ -265,12 +266,20 @@ def compare(
     timeout_s: float = TIMEOUT_S,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
-    """Tell whether *candidate* is slower than *base* (artifacts or bare files, each optionally ``@ENV``).
+    """Tell whether *candidate* is slower than *base* (artifacts or bare files, each optionally ``@ENV``; or both what
+    ``bench -o`` saved).
 
     Returns what ``portcall compare --json`` prints. Raises the PortcallError of a side that cannot be measured.
     """
+    chosen = options or CompareOptions()
+    saved = [is_saved(str(side)) for side in (base, candidate)]
+    if all(saved):
+        return compare_saved(str(base), str(candidate), chosen.metric, chosen.margin)
+    if any(saved):
+        raise BadInput(
+            "one side is a saved bench, the other is not", "Give two saved benches, or two artifacts"
+        )
     with open_workspace(reporter or Reporter(False), timeout_s) as work:
-        chosen = options or CompareOptions()
         return run_compare(work, str(base), str(candidate), target, chosen, _data(data, preprocess))
 
 

@@ -484,7 +484,10 @@ def _compare(commands: Any) -> None:
         "tell whether CANDIDATE is slower than BASE: fresh processes in pairs until the verdict is clear",
         "portcall compare out/onnxruntime-int8 new/onnxruntime-int8 --max-time 20",
     )
-    sides = "an artifact folder or a bare file; @ENV behind it: run by that environment of portcall.toml"
+    sides = (
+        "an artifact folder or a bare file (@ENV behind it: run by that environment of portcall.toml), "
+        "or what bench -o saved"
+    )
     parser.add_argument("base", metavar="BASE", help=sides)
     parser.add_argument("candidate", metavar="CANDIDATE", help="the same; the ratio is candidate / base")
     parser.add_argument("--on", default="local", metavar="TARGET", help="default: local")

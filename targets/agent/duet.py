@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, Dict, List, Mapping, NoReturn, Optional, Tuple
 
 import numpy as np
 
-from portcall.targets.agent import fingerprint, jobs, opening
+from portcall.targets.agent import fingerprint, jobs, opening, settings
 from portcall.targets.agent.contract import Artifact, Workload
 from portcall.targets.agent.errors import CellFailed, error_from_kind
 
@@ -161,7 +161,9 @@ def turns(arguments: Mapping[str, Any], progress: jobs.Progress) -> Dict[str, An
     Raw samples go to the files ``wall`` and ``cpu``: int64[turns * burst], in order.
     """
     artifact, workload = Artifact.from_json(arguments["artifact"]), Workload.from_json(arguments["workload"])
+    machine = fingerprint.machine()  # as it is for everybody: before this process is pinned
     before = fingerprint.state()
+    applied, warnings = settings.apply(workload)
     go, done = arguments["go_fd"], arguments["done_fd"]
     with opening.open_session(artifact, workload) as (session, costs):
         names = opening.Names(artifact, session)
@@ -169,7 +171,7 @@ def turns(arguments: Mapping[str, Any], progress: jobs.Progress) -> Dict[str, An
         opening.check_outputs(names, session, arguments, limit=1)
         names.bind(session, opening.batch_of(session, names, inputs, workload.batch))
         infer = session.infer if not arguments["slowdown"] else slowed(session.infer, arguments["slowdown"])
-        pinned = _pin(arguments["cpus"])
+        pinned = workload.affinity is not None or _pin(arguments["cpus"])
         wall, cpu = np.empty(0, np.int64), np.empty(0, np.int64)
         n = burst = cold = warmup = typical_ns = 0
         gc.collect()
@@ -199,10 +201,11 @@ def turns(arguments: Mapping[str, Any], progress: jobs.Progress) -> Dict[str, An
         "warmup": warmup,
         "burst": burst,
         "pinned": pinned,
+        "warnings": warnings,
         "load_ns": costs["load_ns"],
         "environment": {
-            "machine": fingerprint.machine(),
-            "stack": {**fingerprint.stack(), **environment},
+            "machine": machine,
+            "stack": {**fingerprint.stack(), **environment, **applied},
             "state": {"before": before, "after": fingerprint.state()},
         },
     }
