@@ -202,13 +202,13 @@ def _answer(contents: Contents, files: Sequence[Path]) -> dict[str, Any]:
 
 
 def sizes(files: Iterable[Path]) -> dict[str, Any]:
-    """Return {"bytes", "compressed_bytes", "method"}: the files one after the other, as one stream.
+    """Return {"bytes", "compressed_bytes", "method"}: the files one after the other in order of path, as one stream.
 
     method: "zstd-3" where the standard library or the package zstandard has it, else "zlib-6".
     """
     method, compress, flush = _compressor()
     raw = packed = 0
-    for chunk in _chunks(files):
+    for chunk in _chunks(sorted(files)):
         raw += len(chunk)
         packed += len(compress(chunk))
     return {"bytes": raw, "compressed_bytes": packed + len(flush()), "method": method}
