@@ -1,6 +1,7 @@
 """The verbs as functions: each equals the command of its name, prints nothing and returns what ``--json`` prints.
 
 ``bench`` is called ``benchmark`` here, since ``portcall.bench`` is the package that does it.
+Long because every verb is here, with its documentation.
 """
 
 from __future__ import annotations

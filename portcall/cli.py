@@ -1,4 +1,7 @@
-"""The command line. It parses, calls ``portcall.api``, prints a table or one JSON object, and exits with a code."""
+"""The command line. It parses, calls ``portcall.api``, prints a table or one JSON object, and exits with a code.
+
+Long because every command has its function here.
+"""
 
 from __future__ import annotations
 

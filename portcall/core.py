@@ -169,7 +169,7 @@ def _interpreters(table: Mapping[str, Any], section: str) -> dict[str, str]:
     """Return the interpreter by name of ``[SECTION.NAME] python = "..."``."""
     entries = table.get(section, {})
     if not isinstance(entries, dict):
-        raise BadInput(f"portcall.toml: {section} is no table", _TOML_FIX)
+        raise BadInput(f"portcall.toml holds something else than [{section}.NAME]", _TOML_FIX)
     found = {}
     for name, entry in entries.items():
         if not isinstance(entry, dict) or set(entry) != {"python"} or not isinstance(entry["python"], str):

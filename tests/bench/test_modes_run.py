@@ -122,7 +122,7 @@ def test_arrivals_come_at_their_rate(two: list[Path], tmp_path: Path) -> None:
 
 def test_a_runtime_that_cannot_keep_up_is_saturated(tiny_onnx: Path) -> None:
     """Thousands of requests a second more than a small network can serve."""
-    mode = Arrival(rate_per_s=200_000, duration_s=0.2, drain_s=0.0)
+    mode = Arrival(rate_per_s=2_000_000, duration_s=0.05, drain_s=0.0)
     found = one(tiny_onnx, mode, Workload(processes=1, shapes={"x": (1, 3, 16, 16)}))["arrival"]
     assert found["saturated"] is True
     assert found["unfinished"] > 0
