@@ -8,9 +8,9 @@
 - ``coverage``: live comparisons of a fixed number of pairs, A against A: how often the interval holds 1. Resumable.
 - ``report``: all of it, with exact binomial intervals.
 
-A is fp32 EfficientNet-Lite0 in ONNX Runtime (or --artifact), one thread: 4 to 10 ms on most machines. The slow-down is real work inside the timed
-region: after every inference the process computes on for that share of the time which this inference took. load: one
-process that computes without end on one core, so that of two cores one is left.
+A is fp32 EfficientNet-Lite0 in ONNX Runtime (or --artifact), one thread: 4 to 10 ms on most machines. The slow-down is
+real work inside the timed region: after every inference the process computes on for that share of the time which this
+inference took. load: one process that computes without end on one core, so that of two cores one is left.
 """
 
 from __future__ import annotations
