@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -168,8 +170,7 @@ def _measure_memory_of(
 
 def measure_pair(bench: Bench, sides: Sequence[Side], options: CompareOptions, number: int) -> Pair:
     """Run one pair; its number seeds the order of turns."""
-    folder = bench.work.folder / f"pair-{number}"
-    folder.mkdir()
+    folder = Path(tempfile.mkdtemp(prefix="pair-", dir=bench.work.folder))
     jobs = []
     for i, side in enumerate(sides):
         job = {
@@ -197,6 +198,7 @@ def measure_pair(bench: Bench, sides: Sequence[Side], options: CompareOptions, n
     wall, cpu = (
         [np.load(folder / f"{kind}-{i}.npy").reshape(-1, burst) for i in range(2)] for kind in ("wall", "cpu")
     )
+    shutil.rmtree(folder, ignore_errors=True)
     return Pair(wall[0], wall[1], cpu[0], cpu[1])
 
 

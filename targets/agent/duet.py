@@ -47,12 +47,16 @@ def duet(arguments: Mapping[str, Any], progress: jobs.Progress) -> Dict[str, Any
 
     arguments: "sides": for each, "command" (interpreter and flags) and "job" of ``turns`` without its pipes;
     "agent_main", "package_root", "exporters_path": of every process; "folder": for its files; "turns_s": the time that
-    both take turns, at least *fewest* turns each; "seed": of the order of turns; "threads".
+    both take turns, at least *fewest* turns each; "seed": of the order of turns, and its parity of
+    which side starts first; "threads".
     Raises the error of the side that failed, its name in front.
     """
     folder = Path(arguments["folder"])
     cpus = _idlest(arguments["threads"])
-    sides = [_Side(SIDES[i], side, arguments, folder, cpus) for i, side in enumerate(arguments["sides"])]
+    # The one that starts second is faster by 0.2 %: each side is the second one in every other pair.
+    places = [0, 1] if arguments["seed"] % 2 == 0 else [1, 0]
+    started = {i: _Side(SIDES[i], arguments["sides"][i], arguments, folder, cpus) for i in places}
+    sides = list(started.values())
     try:
         for side in sides:
             side.await_word()
@@ -70,7 +74,7 @@ def duet(arguments: Mapping[str, Any], progress: jobs.Progress) -> Dict[str, Any
                 side.say(burst)
                 side.await_word()
             turns += 1
-        answers = [side.end() for side in sides]
+        answers = [started[i].end() for i in range(2)]
     finally:
         for side in sides:
             side.kill()
