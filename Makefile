@@ -5,7 +5,8 @@ SECONDS_PER_CELL ?= 12
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .PHONY: demo test lint clean bench bench-calibration bench-formats bench-micro bench-engines bench-tflite \
-  bench-compression bench-quantized bench-ladder bench-intervals bench-executorch bench-qnn
+  bench-compression bench-quantized bench-ladder bench-intervals bench-executorch bench-qnn bench-steady bench-overhead \
+  bench-witness bench-compare bench-memory bench-modes bench-placement
 
 demo: .venv/installed
 	$(BIN)/python -m examples.demo --seconds $(SECONDS_PER_CELL)
@@ -19,7 +20,8 @@ lint: .venv/installed
 	$(BIN)/mypy
 
 bench: bench-calibration bench-formats bench-tflite bench-micro bench-engines bench-compression bench-quantized bench-ladder \
-  bench-intervals bench-executorch bench-qnn
+  bench-intervals bench-executorch bench-qnn bench-steady bench-overhead bench-witness \
+  bench-compare bench-memory bench-modes bench-placement
 
 # Side by side with its peers, 100 and 500 images; fewer e.g. with BENCH_CALIBRATION="--images 100 --rounds 1".
 bench-calibration: .venv/installed
@@ -54,12 +56,42 @@ bench-ladder: .venv/installed
 bench-intervals: .venv/installed
 	$(BIN)/python -m benchmarks.intervals $(BENCH_INTERVALS)
 
+# Wrong decisions of the steady-state detector on replayed series; cost of the measuring loop per inference.
+bench-steady: .venv/installed
+	$(BIN)/python -m benchmarks.steady $(BENCH_STEADY)
+
+bench-overhead: .venv/installed
+	$(BIN)/python -m benchmarks.overhead $(BENCH_OVERHEAD)
+
 # int8 beside LiteRT's; context binaries for two HTP architectures and their parity in the x86 emulation.
 bench-executorch: .venv/installed
 	$(BIN)/python -m benchmarks.executorch $(BENCH_EXECUTORCH)
 
 bench-qnn: .venv/installed
 	$(BIN)/python -m benchmarks.qnn $(BENCH_QNN)
+
+# Our latency beside that of the runtimes' own tools; a quick look with BENCH_WITNESS="--models digits --pairs 3".
+bench-witness: .venv/installed
+	$(BIN)/python -m benchmarks.witness --json build/bench-witness/result.json $(BENCH_WITNESS)
+
+# Error rates of compare: hours of recording on a quiet machine; each part resumes (see the top of the module).
+bench-compare: .venv/installed
+	$(BIN)/python -m benchmarks.compare record --condition quiet
+	$(BIN)/python -m benchmarks.compare record --condition load
+	$(BIN)/python -m benchmarks.compare live --condition quiet
+	$(BIN)/python -m benchmarks.compare live --condition load
+	$(BIN)/python -m benchmarks.compare coverage --count 200
+	$(BIN)/python -m benchmarks.compare report
+
+# Memory five times and with a planted allocation; the modes against theory and other tools; what profiles explain.
+bench-memory: .venv/installed
+	$(BIN)/python -m benchmarks.memory $(BENCH_MEMORY)
+
+bench-modes: .venv/installed
+	$(BIN)/python -m benchmarks.modes $(BENCH_MODES)
+
+bench-placement: .venv/installed
+	$(BIN)/python -m benchmarks.placement $(BENCH_PLACEMENT)
 
 # torch first and pinned: it then takes a CPU build where one is at hand, and nothing pulls another.
 .venv/installed: pyproject.toml setup.py constraints.txt calibration/_histogram.c

@@ -88,7 +88,16 @@ def bench_table(results: Sequence[Mapping[str, Any]]) -> str:
                 _note(r),
             ]
         )
-    return align(header, rows) + _samples_line(results)
+    return align(header, rows) + _samples_line(results) + _placement_lines(results)
+
+
+def _placement_lines(results: Sequence[Mapping[str, Any]]) -> str:
+    """Say, for each artifact whose placement is known, what of it runs on its unit."""
+    from portcall.bench.placement import placement_line
+
+    known = [r for r in results if (r.get("placement") or {}).get("share") is not None]
+    lines = [placement_line(f"{r['backend']}:{r['precision']}", r["placement"]) for r in known]
+    return "\n\n" + "\n".join(lines) if lines else ""
 
 
 def _samples_line(results: Sequence[Mapping[str, Any]]) -> str:
@@ -176,7 +185,7 @@ def _note(result: Mapping[str, Any]) -> str:
     told += [
         w
         for w in result.get("warnings") or result.get("notes") or []
-        if not w.startswith("no interval for p9")
+        if not w.startswith("no interval for p9") and ": no p99.9 " not in w
     ]
     return "; ".join(told)
 

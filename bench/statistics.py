@@ -14,7 +14,11 @@ from typing import Any
 
 import numpy as np
 
-PERCENTILES = {"p50_ns": 0.5, "p90_ns": 0.9, "p95_ns": 0.95, "p99_ns": 0.99}
+PERCENTILES = {"p50_ns": 0.5, "p90_ns": 0.9, "p95_ns": 0.95, "p99_ns": 0.99, "p999_ns": 0.999}
+_SPOKEN = {key: key[:-3] for key in PERCENTILES} | {"p999_ns": "p99.9"}
+
+TRIM = 0.1
+"""Share of the samples that the trimmed mean leaves out at each end."""
 
 _MISS = 0.05
 """Greatest chance that all n samples lie below the percentile, so that none tells anything about it."""
@@ -53,7 +57,9 @@ def process_interval(per_process_values: Sequence[float], level: float = 0.95) -
     per_process_values: one positive figure per fresh process, such as its P50. The interval is for the figure
     of a typical process (the geometric mean); equal values give an interval of width 0. With 5 processes it
     covers 95 % where 95 % is meant; a percentile bootstrap over processes covers 84 % (measured on real
-    processes of one int8 file; a test simulates both).
+    processes of one int8 file; a test simulates both). From 20 processes on it is still t: a bootstrap over 20
+    processes covers less in every case tried (normal logs 92 % against 95 %, exponential ones 91 % against 92 %, one
+    process in ten up to a third slower 86 % against 89 %), and the two agree from about 50 on.
     """
     values = np.asarray(per_process_values, dtype=np.float64)
     if values.size and not (np.isfinite(values).all() and values.min() > 0):
@@ -65,6 +71,39 @@ def process_interval(per_process_values: Sequence[float], level: float = 0.95) -
     error = float(logs.std(ddof=1)) / math.sqrt(values.size)
     half = student_t_quantile(0.5 + level / 2, values.size - 1) * error
     return math.exp(center - half), math.exp(center + half)
+
+
+def trimmed_mean(samples: np.ndarray, share: float = TRIM) -> float:
+    """Return the mean without the lowest and the highest *share* of the samples (each rounded down to whole samples).
+
+    Raises ValueError for no samples.
+    """
+    if np.size(samples) == 0:
+        raise ValueError("trimmed mean of no samples")
+    values = np.sort(np.asarray(samples, dtype=np.float64))
+    cut = int(share * values.size)
+    return float(values[cut : values.size - cut].mean())
+
+
+def relative_width(interval: Sequence[float], value: float) -> float:
+    """Return how wide an interval is: upper minus lower end, over *value*. 0.01 is 1 %."""
+    return (interval[1] - interval[0]) / value
+
+
+def processes_for_width(per_process_values: Sequence[float], width: float, level: float = 0.95) -> int | None:
+    """Return about how many processes an interval of that relative *width* needs, spread as these; None below 2.
+
+    From the spread of the log values: the interval is exp(center +- half), so its width over its center is
+    2 sinh(half). Raises ValueError as ``process_interval`` does.
+    """
+    if process_interval(per_process_values) is None:
+        return None
+    spread = float(np.log(np.asarray(per_process_values, dtype=np.float64)).std(ddof=1))
+    half = math.asinh(width / 2)
+    n = 2
+    while student_t_quantile(0.5 + level / 2, n - 1) * spread > half * math.sqrt(n) and n < 1_000_000:
+        n += max(1, n // 50)
+    return n
 
 
 def summarize(processes: Sequence[np.ndarray]) -> tuple[dict[str, Any], list[str]]:
@@ -87,8 +126,9 @@ def summarize(processes: Sequence[np.ndarray]) -> tuple[dict[str, Any], list[str
         supported = supported_percentile(q, n)
         latency[key] = percentile(pooled, q) if supported else None
         if not supported:
-            warnings.append(f"n={n}: no {key[:-3]} (needs {samples_needed(q)})")
+            warnings.append(f"n={n}: no {_SPOKEN[key]} (needs {samples_needed(q)})")
     latency["mean_ns"] = float(pooled.mean()) if n else None
+    latency["trimmed_mean_ns"], latency["trim"] = (trimmed_mean(pooled) if n else None), TRIM
     latency["stdev_ns"] = float(pooled.std(ddof=1)) if n > 1 else None
     latency["ci"] = _intervals(groups, latency, warnings)
     return latency, warnings
@@ -108,13 +148,16 @@ def _intervals(
         )
         return {}
     shortest = min(p.size for p in groups)
-    figures = {"mean_ns": [float(p.mean()) for p in groups]}
+    figures = {
+        "mean_ns": [float(p.mean()) for p in groups],
+        "trimmed_mean_ns": [trimmed_mean(p) for p in groups],
+    }
     for key, q in PERCENTILES.items():
         if supported_percentile(q, shortest):
             figures[key] = [percentile(p, q) for p in groups]
         elif latency[key] is not None:
             warnings.append(
-                f"no interval for {key[:-3]}: a process has n={shortest} (needs {samples_needed(q)})"
+                f"no interval for {_SPOKEN[key]}: a process has n={shortest} (needs {samples_needed(q)})"
             )
     medians = np.array([percentile(p, 0.5) for p in groups])
     varies = float(medians.std(ddof=1) / medians.mean())

@@ -80,6 +80,7 @@ class EngineSession(Session):
                 f"{self._trt.__name__} {self._trt.__version__} could not load the engine; its log says why",
                 "An engine is for one version of TensorRT and one kind of GPU: build it again here",
             )
+        self._plan_bytes = int(getattr(plan, "nbytes", None) or len(plan))
         self._context = self._engine.create_execution_context()
         specs: Dict[bool, List[TensorSpec]] = {True: [], False: []}
         for number in range(self._engine.num_io_tensors):
@@ -185,6 +186,15 @@ class EngineSession(Session):
                 self._copy(spec, to_device=False)
         call(cuda.cudaStreamSynchronize(stream))
         self.device_times_ns.append(round(call(cuda.cudaEventElapsedTime(self._before, self._after)) * 1e6))
+
+    def memory_figures(self) -> Dict[str, int]:
+        """Return the size of the engine's file and of the device memory that its execution context takes."""
+        figures = {"plan_bytes": self._plan_bytes}
+        for name in ("device_memory_size_v2", "device_memory_size"):  # _v2 since TensorRT 10.1
+            size = getattr(self._engine, name, None)
+            if size is not None:
+                return {**figures, "context_device_bytes": int(size)}
+        return figures
 
     def get_outputs(self) -> Dict[str, Any]:
         for spec in self.outputs:

@@ -27,6 +27,7 @@ from portcall.targets.agent.contract import (
 )
 from portcall.targets.agent.errors import CellFailed, UnsupportedError
 from portcall.targets.agent.probing import probe_modules
+from portcall.targets.agent.profiling import Profiler
 
 PROGRAM = "model.pte"
 METHOD = "forward"
@@ -152,6 +153,13 @@ def load(artifact: Artifact, workload: Workload) -> Iterator[Session]:
     yield ExecuTorchSession(artifact.path, workload.threads)
 
 
+@contextmanager
+def profile(artifact: Artifact, workload: Workload) -> Iterator[Profiler]:
+    from portcall.exporters._profile_executorch import ExecuTorchProfiler
+
+    yield ExecuTorchProfiler(artifact, workload)
+
+
 EXAMPLE = '''"""Run this artifact with ExecuTorch alone: pip install executorch numpy"""
 import json
 import pathlib
@@ -198,4 +206,5 @@ BACKEND = Backend(
     census=census,
     contents=contents,
     example=EXAMPLE,
+    profile=profile,
 )

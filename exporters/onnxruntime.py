@@ -28,6 +28,7 @@ from portcall.targets.agent.contract import (
     Workload,
 )
 from portcall.targets.agent.probing import probe_modules
+from portcall.targets.agent.profiling import Profiler
 
 DTYPES = {
     "tensor(float)": "float32",
@@ -94,16 +95,22 @@ def census(artifact: Artifact, shapes: Mapping[str, Tuple[int, ...]]) -> Census:
 
 
 class OnnxRuntimeSession(Session):
-    """An InferenceSession with inputs and outputs bound once, so that ``infer`` copies nothing in Python."""
+    """An InferenceSession with inputs and outputs bound once, so that ``infer`` copies nothing in Python.
 
-    def __init__(self, path: Path, threads: int) -> None:
+    spinning: of threads that wait for work; None for the runtime's default (one thread has nobody to wait for).
+    """
+
+    no_memory_figures = "ONNX Runtime's Python API does not tell its arena's statistics (the C API does)"
+
+    def __init__(self, path: Path, threads: int, spinning: Optional[bool] = None) -> None:
         import onnxruntime as ort
 
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
-        spinning = threads > 1
-        options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
+        spinning = threads > 1 if spinning is None else spinning
+        for pool in ("intra_op", "inter_op"):
+            options.add_session_config_entry(f"session.{pool}.allow_spinning", "1" if spinning else "0")
         options.log_severity_level = 3
         self._session = self._open(path, options)
         self._binding: Any = None
@@ -114,6 +121,7 @@ class OnnxRuntimeSession(Session):
             "providers": self._session.get_providers(),
             "threads": threads,
             "spinning": spinning,
+            "build": ort.get_build_info(),
         }
 
     def _open(self, path: Path, options: Any) -> Any:
@@ -146,7 +154,7 @@ def _spec(value: Any) -> TensorSpec:
 
 @contextmanager
 def load(artifact: Artifact, workload: Workload) -> Iterator[Session]:
-    yield OnnxRuntimeSession(artifact.path, workload.threads)
+    yield OnnxRuntimeSession(artifact.path, workload.threads, workload.spinning)
 
 
 def contents(artifact: Artifact, shapes: Mapping[str, Tuple[int, ...]]) -> Contents:
@@ -160,6 +168,16 @@ def trace(artifact: Artifact, workload: Workload) -> Iterator[Trace]:
     from portcall.exporters._trace_onnx import OnnxTrace
 
     yield OnnxTrace(artifact, artifact.path, workload.threads, "the file operator by operator")
+
+
+@contextmanager
+def profile(artifact: Artifact, workload: Workload) -> Iterator[Profiler]:
+    import tempfile
+
+    from portcall.exporters._profile_onnxruntime import OnnxRuntimeProfiler
+
+    with tempfile.TemporaryDirectory(prefix="portcall-profile-") as folder:
+        yield OnnxRuntimeProfiler(artifact, workload, Path(folder))
 
 
 EXAMPLE = '''"""Run this artifact with ONNX Runtime alone: pip install onnxruntime numpy"""
@@ -213,4 +231,5 @@ BACKEND = Backend(
     contents=contents,
     example=EXAMPLE,
     trace=trace,
+    profile=profile,
 )

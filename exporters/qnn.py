@@ -31,6 +31,7 @@ from portcall.targets.agent.contract import (
 )
 from portcall.targets.agent.errors import CellFailed, UnsupportedError
 from portcall.targets.agent.probing import probe_modules
+from portcall.targets.agent.profiling import Profiler
 
 DISTRIBUTION = "onnxruntime-qnn"
 CONTEXTS = "contexts.json"
@@ -137,7 +138,7 @@ def _version(options: Mapping[str, Any]) -> str:
     """Return the version of onnxruntime-qnn that builds: older ones do not load its contexts."""
     import importlib.metadata
 
-    from portcall.targets.agent.jobs import is_older
+    from portcall.targets.agent.opening import is_older
 
     here = importlib.metadata.version(DISTRIBUTION)
     asked = str(options.get("min_runtime", here))
@@ -195,6 +196,31 @@ def load(artifact: Artifact, workload: Workload) -> Iterator[Session]:
     said = "; ".join(f"v{name}: {message}" for name, message in errors.items())
     raise CellFailed(
         f"no context of this artifact loads here: {said}",
+        "Export for this chip: --option qnn.htp_arch=NUMBER (see docs/backends/qnn.md)",
+    )
+
+
+@contextmanager
+def profile(artifact: Artifact, workload: Workload) -> Iterator[Profiler]:
+    """Like ``load``, with ONNX Runtime's profiler. Unproven on a device: none was at hand."""
+    import tempfile
+
+    from portcall.exporters._profile_qnn import QnnProfiler
+
+    if not (artifact.directory / CONTEXTS).is_file():
+        raise UnsupportedError("a bare file does not tell what its context holds", "Profile an artifact")
+    errors: List[str] = []
+    for context in _contexts(artifact):
+        with tempfile.TemporaryDirectory(prefix="portcall-profile-") as folder:
+            try:
+                session = QnnProfiler(artifact, workload, Path(folder), context)
+            except CellFailed as error:
+                errors.append(error.message)
+                continue
+            yield session
+            return
+    raise CellFailed(
+        f"no context of this artifact loads here: {'; '.join(errors)}",
         "Export for this chip: --option qnn.htp_arch=NUMBER (see docs/backends/qnn.md)",
     )
 
@@ -302,4 +328,5 @@ BACKEND = Backend(
     contents=contents,
     example=EXAMPLE,
     interpret=interpret,
+    profile=profile,
 )

@@ -31,6 +31,7 @@ from portcall.targets.agent.contract import (
 )
 from portcall.targets.agent.errors import UnsupportedError
 from portcall.targets.agent.probing import probe_modules
+from portcall.targets.agent.profiling import Profiler
 
 ENGINE = "model.engine"
 ENGINE_SUFFIXES = (".engine", ".plan")
@@ -198,24 +199,41 @@ def _builder(trt: Any, artifact: Artifact, recipe: Mapping[str, Any]) -> Any:
 @contextmanager
 def load(artifact: Artifact, workload: Workload) -> Iterator[Session]:
     """Run the finished engine, a bare one, or one built in memory. Unproven: see ``_tensorrt_session``."""
+    from portcall.exporters._tensorrt_session import EngineSession
+
+    with _engine(artifact, workload, EngineSession) as session:
+        yield session
+
+
+@contextmanager
+def profile(artifact: Artifact, workload: Workload) -> Iterator[Profiler]:
+    """Like ``load``, with a profiler. Unproven: see ``_profile_tensorrt``."""
+    from portcall.exporters._profile_tensorrt import EngineProfiler
+
+    with _engine(artifact, workload, EngineProfiler) as session:
+        yield session
+
+
+@contextmanager
+def _engine(artifact: Artifact, workload: Workload, kind: Any) -> Iterator[Any]:
+    """Yield a session of class *kind* for the engine."""
     import tensorrt as trt
     from cuda.bindings import runtime as cuda
 
     from portcall.exporters import _tensorrt, _tensorrt_recipe
-    from portcall.exporters._tensorrt_session import EngineSession
 
     def rebuild(shapes: Dict[str, Tuple[int, ...]]) -> Any:
         builder = _builder(trt, artifact, _tensorrt_recipe.read(artifact.directory))
         return builder.build({name: _tensorrt.Limits(shape, shape, shape) for name, shape in shapes.items()})
 
     if artifact.path.suffix in ENGINE_SUFFIXES:
-        session = EngineSession(trt, cuda, artifact.path.read_bytes(), artifact, "as given", None)
+        session = kind(trt, cuda, artifact.path.read_bytes(), artifact, "as given", None)
     elif artifact.finished is not None:
         plan = artifact.finished.read_bytes()
-        session = EngineSession(trt, cuda, plan, artifact, "finished on this device", rebuild)
+        session = kind(trt, cuda, plan, artifact, "finished on this device", rebuild)
     else:
         plan = _build(trt, artifact, workload)
-        session = EngineSession(trt, cuda, plan, artifact, "built in memory", rebuild)
+        session = kind(trt, cuda, plan, artifact, "built in memory", rebuild)
     try:
         yield session
     finally:
@@ -346,4 +364,5 @@ BACKEND = Backend(
     interpret=interpret,
     finish=finish,
     trace=trace,
+    profile=profile,
 )

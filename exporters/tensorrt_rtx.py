@@ -33,6 +33,7 @@ from portcall.targets.agent.contract import (
 )
 from portcall.targets.agent.errors import BadInput, CellFailed
 from portcall.targets.agent.probing import probe_modules
+from portcall.targets.agent.profiling import Profiler
 
 CAPABILITIES = "8.6,8.9,12.0"
 
@@ -152,11 +153,29 @@ def trace(artifact: Artifact, workload: Workload) -> ContextManager[Trace]:
 @contextmanager
 def load(artifact: Artifact, workload: Workload) -> Iterator[Session]:
     """Run the engine for this GPU's capability, else one built here. Unproven: see ``_tensorrt_session``."""
+    from portcall.exporters._tensorrt_session import EngineSession
+
+    with _engine(artifact, workload, EngineSession) as session:
+        yield session
+
+
+@contextmanager
+def profile(artifact: Artifact, workload: Workload) -> Iterator[Profiler]:
+    """Like ``load``, with a profiler. Unproven: see ``_profile_tensorrt``."""
+    from portcall.exporters._profile_tensorrt import EngineProfiler
+
+    with _engine(artifact, workload, EngineProfiler) as session:
+        yield session
+
+
+@contextmanager
+def _engine(artifact: Artifact, workload: Workload, kind: Any) -> Iterator[Any]:
+    """Yield a session of class *kind* for the engine."""
     import tensorrt_rtx as trt
     from cuda.bindings import runtime as cuda
 
     from portcall.exporters import _tensorrt, _tensorrt_recipe
-    from portcall.exporters._tensorrt_session import EngineSession, device
+    from portcall.exporters._tensorrt_session import device
 
     def rebuild(shapes: Dict[str, Tuple[int, ...]]) -> Any:
         return _build(trt, artifact.path, {n: _tensorrt.Limits(s, s, s) for n, s in shapes.items()}, None)
@@ -164,12 +183,12 @@ def load(artifact: Artifact, workload: Workload) -> Iterator[Session]:
     gpu = device(cuda)
     engine = artifact.directory / engine_name(f"{gpu.major}.{gpu.minor}")
     if engine.is_file():
-        session = EngineSession(trt, cuda, engine.read_bytes(), artifact, engine.name, rebuild)
+        session = kind(trt, cuda, engine.read_bytes(), artifact, engine.name, rebuild)
     else:
         profile = _tensorrt_recipe.read(artifact.directory)["profile"]
         tuned = _tensorrt.tuned_profile(profile, artifact, workload)
         plan = _build(trt, artifact.path, tuned, None)
-        session = EngineSession(trt, cuda, plan, artifact, "built in memory", rebuild)
+        session = kind(trt, cuda, plan, artifact, "built in memory", rebuild)
     try:
         yield session
     finally:
@@ -261,4 +280,5 @@ BACKEND = Backend(
     example=EXAMPLE,
     interpret=interpret,
     trace=trace,
+    profile=profile,
 )

@@ -29,6 +29,7 @@ from portcall.targets.agent.contract import (
 )
 from portcall.targets.agent.errors import UnsupportedError
 from portcall.targets.agent.probing import probe_modules
+from portcall.targets.agent.profiling import Profiler
 
 RUNTIMES = (
     ("ai_edge_litert.interpreter", "ai-edge-litert"),
@@ -146,6 +147,8 @@ class LiteRtSession(Session):
     The runtime is LiteRT's, else TensorFlow Lite's own, else the one inside TensorFlow.
     """
 
+    no_memory_figures = "the interpreter's Python API does not tell the size of its arena, nor XNNPACK's"
+
     def __init__(self, path: Path, workload: Workload) -> None:
         import importlib
 
@@ -208,7 +211,12 @@ def _spec(name: str, detail: Mapping[str, Any]) -> TensorSpec:
 
 @contextmanager
 def load(artifact: Artifact, workload: Workload) -> Iterator[Session]:
-    yield LiteRtSession(artifact.path, workload)
+    if artifact.options.get("api") == "compiled_model":  # asked for by bench --witness alone
+        from portcall.exporters._tflite_compiled import CompiledModelSession
+
+        yield CompiledModelSession(artifact.path, workload)
+    else:
+        yield LiteRtSession(artifact.path, workload)
 
 
 def contents(artifact: Artifact, shapes: Mapping[str, Tuple[int, ...]]) -> Contents:
@@ -221,6 +229,13 @@ def trace(artifact: Artifact, workload: Workload) -> ContextManager[Trace]:
     from portcall.exporters import _trace_tflite
 
     return _trace_tflite.trace(artifact, workload)
+
+
+@contextmanager
+def profile(artifact: Artifact, workload: Workload) -> Iterator[Profiler]:
+    from portcall.exporters._profile_tflite import LiteRtProfiler
+
+    yield LiteRtProfiler(artifact, workload)
 
 
 EXAMPLE = '''"""Run this artifact with LiteRT alone: pip install ai-edge-litert numpy"""
@@ -278,4 +293,5 @@ BACKEND = Backend(
     contents=contents,
     example=EXAMPLE,
     trace=trace,
+    profile=profile,
 )

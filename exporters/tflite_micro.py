@@ -245,6 +245,15 @@ class MicroSession(Session):
             self._interpreter.set_input(array, index)
         self._interpreter.invoke()
 
+    def memory_figures(self) -> Dict[str, int]:
+        """Return the arena's size and what of it is used: head (activations), tail (what stays)."""
+        import re
+
+        printed = _printed(self._interpreter.print_allocations)
+        found = re.findall(r"Arena allocation (total|head|tail) (\d+) bytes", printed)
+        used = {f"arena_{part}_bytes": int(size) for part, size in found}
+        return {"arena_bytes": int(self.environment["arena_bytes"]), **used}
+
     def get_outputs(self) -> Dict[str, Any]:
         return {spec.name: self._interpreter.get_output(i).copy() for i, spec in enumerate(self.outputs)}
 
@@ -274,6 +283,26 @@ def _spec(name: str, detail: Mapping[str, Any]) -> TensorSpec:
     import numpy as np
 
     return TensorSpec(name, tuple(int(d) for d in detail["shape"]), np.dtype(detail["dtype"]).name)
+
+
+def _printed(function: Callable[[], Any]) -> str:
+    """Return what native code prints to stdout and stderr while *function* runs."""
+    import tempfile
+
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as log:
+        kept = [os.dup(1), os.dup(2)]
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+        try:
+            function()
+        finally:
+            for number, fd in enumerate(kept, 1):
+                os.dup2(fd, number)
+                os.close(fd)
+        log.seek(0)
+        return log.read().decode(errors="replace")
 
 
 def _run_native(what: str, function: Callable[[], Any]) -> Any:

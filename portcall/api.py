@@ -1,11 +1,13 @@
 """The verbs as functions: each equals the command of its name, prints nothing and returns what ``--json`` prints.
 
 ``bench`` is called ``benchmark`` here, since ``portcall.bench`` is the package that does it.
+Long because every verb is here, with its documentation.
 """
 
 from __future__ import annotations
 
 import contextlib
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,16 @@ import numpy as np
 
 from portcall import artifact as artifacts
 from portcall.accuracy import Accuracy
+from portcall.bench.compare import CompareOptions, run_compare
+from portcall.bench.compare_saved import compare_saved, is_saved
+from portcall.bench.formats import check_write, write_results
+from portcall.bench.modes import Mode, get_mode
+from portcall.bench.modes_run import run_mode
+from portcall.bench.passes import Passes
+from portcall.bench.placement import check_budgets
+from portcall.bench.profile import run_profile
 from portcall.bench.run import run_bench
+from portcall.bench.saved import load_all
 from portcall.calibrating import (
     MEMORY_BYTES,
     CalibrationOptions,
@@ -25,7 +36,7 @@ from portcall.calibrating import (
     run_show,
 )
 from portcall.calibration.histogram import is_compiled
-from portcall.core import Artifact, BadInput, Workload, parse_cells
+from portcall.core import Artifact, BadInput, PortcallError, Workload, parse_cells
 from portcall.exporters import backend_names, get_backend
 from portcall.inspection import run_inspect
 from portcall.ladder import run_debug, write_parity
@@ -36,7 +47,7 @@ from portcall.recipe import backend_options, shared_options
 from portcall.targets import get_target, target_names
 from portcall.targets.agent.binding import source_spec, to_runtime, to_source
 from portcall.targets.agent.contract import Session
-from portcall.targets.agent.jobs import ready
+from portcall.targets.agent.opening import ready
 from portcall.verification import run_verify
 from portcall.workspace import DataArgument, open_workspace
 
@@ -166,32 +177,141 @@ def benchmark(
     *,
     target: str = "local",
     workload: Workload | None = None,
+    mode: str | Mode = "latency",
+    witness_pairs: int | None = None,
+    data: str | Path | None = None,
+    preprocess: str | None = None,
+    output: str | Path | None = None,
+    write: Sequence[tuple[str, str | Path]] = (),
+    placement: bool = True,
+    find_memory_limit: bool = False,
+    min_placement: Mapping[str, float] | None = None,
+    timeout_s: float = TIMEOUT_S,
+    reporter: Reporter | None = None,
+) -> dict[str, Any]:
+    """Measure latency, memory and energy of artifacts or bare files; what ``portcall bench --json`` prints.
+
+    mode: "latency", "throughput", "cold", "sustained", or one of ``portcall.bench.modes`` with its settings, such as
+    ``Arrival(rate_per_s=100)``; its figures stand in the result's object of its name.
+    witness_pairs: also run the runtime's own benchmark tool on the same file, in that many pairs with processes of
+    ours: "witness" of each result, see the documentation of witness.
+    find_memory_limit: also find the smallest memory limit in which each still runs (Linux, cgroups; docs/memory.md).
+    placement: profile one more process of each, to tell which operators run where. min_placement: "operators" or
+    "time" -> the least share (0 to 1) on the intended unit; a result below it is a failed one with error_kind "budget",
+    and keeps its figures.
+    output: a folder for ``bench.json`` and the raw samples. write: (format, file) pairs, as ``report`` writes them;
+    "written" then lists them. Where something cannot be written, "error" stands beside the results.
+    """
+    for name, path in write:
+        check_write(name, Path(path))
+    single = isinstance(artifacts_or_files, str | Path)
+    specs = [artifacts_or_files] if single else list(artifacts_or_files)  # type: ignore[arg-type]  # narrowed by single
+    if witness_pairs is not None and witness_pairs < 1:
+        raise BadInput(f"witness_pairs is {witness_pairs}", "Give at least 1, or None for no witness")
+    chosen, wanted = (
+        get_mode(mode),
+        Passes(witness_pairs, placement, find_memory_limit, check_budgets(min_placement, placement)),
+    )
+    written: list[dict[str, Any]] = []
+    with contextlib.ExitStack() as stack:
+        folder = None if output is None else Path(output)
+        if folder is None and write:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="portcall-"))) / "bench"
+        with open_workspace(reporter or Reporter(False), timeout_s) as work:
+            paths, given = [str(s) for s in specs], _data(data, preprocess)
+            if chosen is None:
+                results, unsaved = run_bench(
+                    work, paths, target, workload or Workload(), given, folder, wanted
+                )
+            else:
+                planned = workload or Workload(processes=chosen.processes)
+                results, unsaved = run_mode(work, paths, target, planned, chosen, given, folder)
+        if folder is not None and unsaved is None:
+            try:
+                for name, path in write:
+                    written.append(write_results(load_all([folder]), name, Path(path)))
+            except PortcallError as error:
+                unsaved = error
+    if output is None:
+        results = [{**r, "raw": None} for r in results]  # they were kept for --write alone
+    answer: dict[str, Any] = {"schema": SCHEMA, "results": results}
+    if write:
+        answer["written"] = written
+    if unsaved is not None:
+        answer["error"] = {"kind": unsaved.kind, "message": unsaved.message, "fix": unsaved.fix or None}
+    return answer
+
+
+def report(
+    results: str | Path | Sequence[str | Path], output: str | Path, *, to: str = "html"
+) -> dict[str, Any]:
+    """Write what ``bench -o`` saved as a report, a plot, raw samples, or in another tool's format.
+
+    results: folders of ``bench -o``, or files that hold what ``bench --json`` printed. to: a name in
+    ``portcall.bench.formats.FORMATS``. Returns {"schema", "written": [{"format", "path", "results", "left_out"}]}.
+    Raises BadInput for unusable results, an unknown format or path; UnavailableError where a package is missing.
+    """
+    check_write(to, Path(output))
+    given = [results] if isinstance(results, str | Path) else list(results)
+    return {"schema": SCHEMA, "written": [write_results(load_all(given), to, Path(output))]}
+
+
+def compare(
+    base: str | Path,
+    candidate: str | Path,
+    *,
+    target: str = "local",
+    options: CompareOptions | None = None,
+    data: str | Path | None = None,
+    preprocess: str | None = None,
+    timeout_s: float = TIMEOUT_S,
+    reporter: Reporter | None = None,
+) -> dict[str, Any]:
+    """Tell whether *candidate* is slower than *base* (artifacts or bare files, each optionally ``@ENV``; or both what
+    ``bench -o`` saved).
+
+    Returns what ``portcall compare --json`` prints. Raises the PortcallError of a side that cannot be measured.
+    """
+    chosen = options or CompareOptions()
+    saved = [is_saved(str(side)) for side in (base, candidate)]
+    if all(saved):
+        return compare_saved(str(base), str(candidate), chosen.metric, chosen.margin)
+    if any(saved):
+        raise BadInput(
+            "one side is a saved bench, the other is not", "Give two saved benches, or two artifacts"
+        )
+    with open_workspace(reporter or Reporter(False), timeout_s) as work:
+        return run_compare(work, str(base), str(candidate), target, chosen, _data(data, preprocess))
+
+
+def profile(
+    artifact_or_file: str | Path,
+    *,
+    target: str = "local",
+    workload: Workload | None = None,
     data: str | Path | None = None,
     preprocess: str | None = None,
     output: str | Path | None = None,
     timeout_s: float = TIMEOUT_S,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
-    """Measure latency and memory of artifacts or bare files; what ``portcall bench --json`` prints.
+    """Profile an artifact or a bare file operator by operator; what ``portcall profile --json`` prints.
 
-    output: a folder for ``bench.json`` and the raw samples; where it cannot be written, "error" stands beside the
-    results.
+    output: a folder for ``profile.json``, ``profile.svg`` and ``profile.png``. Returns {"schema", "operators":
+    [{"name", "operator", "kernel", "unit", "layers", "time_ns", "share", "cumulative", ...}], "coverage", "overhead",
+    "placement", ...}: see the documentation of placement. Raises BadInput for what is no artifact, UnsupportedError
+    for a backend that tells nothing of its operators.
     """
-    single = isinstance(artifacts_or_files, str | Path)
-    specs = [artifacts_or_files] if single else list(artifacts_or_files)  # type: ignore[arg-type]  # narrowed by single
     with open_workspace(reporter or Reporter(False), timeout_s) as work:
-        results, unsaved = run_bench(
+        answer = run_profile(
             work,
-            [str(s) for s in specs],
+            str(artifact_or_file),
             target,
             workload or Workload(),
             _data(data, preprocess),
             None if output is None else Path(output),
         )
-    answer: dict[str, Any] = {"schema": SCHEMA, "results": results}
-    if unsaved is not None:
-        answer["error"] = {"kind": unsaved.kind, "message": unsaved.message, "fix": unsaved.fix or None}
-    return answer
+    return {"schema": SCHEMA, **answer}
 
 
 def calibrate(

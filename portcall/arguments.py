@@ -7,12 +7,18 @@ import re
 from typing import Any, NoReturn
 
 from portcall import __version__
+from portcall.runner_options import add_runner_options
 
 MODEL_HELP = "model.onnx, model.pt2, or package.module:factory (a .pt2 or a factory runs code, in a worker)"
 METHOD_HELP = (
     "minmax (default), percentile[:99.99], entropy, mse, or auto: chosen per tensor on held-back samples"
 )
 DATA_HELP = "x.npz keyed by input name, a folder of .npy or of images (--preprocess), package.module:callable"
+FORMATS = (
+    "html", "json", "google-benchmark", "optimum-benchmark", "bencher", "github-action-benchmark", "csv", "parquet",
+    "plot-ecdf", "plot-series", "plot-tradeoff",
+)  # fmt: skip
+"""Names of ``portcall.bench.formats.FORMATS``, which this module may not import: help must load no numpy."""
 
 
 class Usage(Exception):
@@ -37,8 +43,9 @@ def build_parser() -> argparse.ArgumentParser:
   portcall export model.onnx --to onnxruntime:fp32,int8,openvino:int8 --data calibration.npz -o out
   portcall bench out/onnxruntime-fp32 out/onnxruntime-int8
 
-exit codes: 0 all done; 1 an artifact failed verification; 2 bad input, nothing run; 3 too few samples for
---max-drop; 4 a cell failed or is unavailable; 130 interrupted""",
+exit codes: 0 all done; 1 an artifact failed verification or a budget, or compare found a regression; 2 bad input,
+nothing run; 3 undecided (compare, or too few samples for --max-drop); 4 a cell failed or is unavailable;
+130 interrupted""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"portcall {__version__}")
@@ -52,6 +59,9 @@ exit codes: 0 all done; 1 an artifact failed verification; 2 bad input, nothing 
     _inspect(commands)
     _debug(commands)
     _bench(commands)
+    _report(commands)
+    _compare(commands)
+    _profile(commands)
     completion = _command(
         commands,
         "completion",
@@ -353,7 +363,10 @@ def _bench(commands: Any) -> None:
     parser.add_argument("--on", default="local", metavar="TARGET", help="default: local")
     parser.add_argument("--data", help=f"inputs: {DATA_HELP}")
     parser.add_argument(
-        "--processes", type=_count, default=5, metavar="N", help="fresh processes each (default 5)"
+        "--processes",
+        type=_count,
+        metavar="N",
+        help="fresh processes each (default 5; --mode sustained: 1)",
     )
     parser.add_argument("--threads", type=_count, default=1, metavar="N", help="of the runtime (default 1)")
     parser.add_argument(
@@ -368,11 +381,194 @@ def _bench(commands: Any) -> None:
         metavar="S",
         help="cap per artifact over all processes, start-up included",
     )
+    add_runner_options(parser)
+    parser.add_argument(
+        "--witness",
+        action="store_true",
+        help="also run the runtime's own benchmark tool on the same file, in pairs with our processes",
+    )
+    parser.add_argument(
+        "--witness-pairs", type=_count, default=10, metavar="N", help="pairs of --witness (default 10)"
+    )
+    parser.add_argument(
+        "--find-memory-limit",
+        action="store_true",
+        help="also find the smallest memory limit in which it still runs (Linux; needs root or a delegated cgroup)",
+    )
     parser.add_argument("-o", "--output", metavar="DIR", help="folder for bench.json and the raw samples")
+    parser.add_argument(
+        "--write",
+        type=_write,
+        action="append",
+        default=[],
+        metavar="FORMAT=FILE",
+        help="also write the results as portcall report does, e.g. html=bench.html (repeatable)",
+    )
     parser.add_argument(
         "--allow-unavailable", action="store_true", help="exit 0 although a backend is not installed here"
     )
+    _mode_options(parser)
+    _placement_options(parser)
     _model_options(parser)
+
+
+def _report(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "report",
+        "write what bench -o saved as HTML, plots, raw samples or another tool's format",
+        "portcall report bench --to google-benchmark -o bench/google.json",
+    )
+    parser.add_argument(
+        "results",
+        nargs="+",
+        metavar="DIR|FILE",
+        help="folders that portcall bench -o wrote, or files of what portcall bench --json printed",
+    )
+    parser.add_argument("--to", default="html", metavar="FORMAT", help=f"{', '.join(FORMATS)} (default html)")
+    parser.add_argument(
+        "-o",
+        "--output",
+        required=True,
+        metavar="FILE",
+        help="what to write: a plot ends in .svg or .png; optimum-benchmark writes a new folder",
+    )
+
+
+def _write(text: str) -> tuple[str, str]:
+    name, equals, path = text.partition("=")
+    if not equals or not name or not path:
+        raise argparse.ArgumentTypeError(f"{text!r} is not FORMAT=FILE, such as html=bench.html")
+    return name, path
+
+
+def _mode_options(parser: argparse.ArgumentParser) -> None:
+    """Add --mode and the options of single modes; those are None where not given."""
+    parser.add_argument(
+        "--mode",
+        choices=["latency", "throughput", "cold", "sustained", "arrival"],
+        default="latency",
+        help="what to measure (default: latency)",
+    )
+    parser.add_argument(
+        "--batches", type=_counts, metavar="N,N", help="throughput: batch sizes (default 1,2,4,8)"
+    )
+    parser.add_argument(
+        "--streams",
+        type=_counts,
+        metavar="N,N",
+        help="throughput: requests in flight at a time, --threads each (default 1,2,4,... to the CPUs)",
+    )
+    parser.add_argument(
+        "--page-cache",
+        type=_words,
+        metavar="STATE,STATE",
+        help="cold: warm, artifact (its files dropped), runtime (its libraries too), system (everything, as root); "
+        "default warm,artifact",
+    )
+    parser.add_argument(
+        "--duration",
+        type=_seconds,
+        metavar="S",
+        help="per process; sustained: default 120 s, arrival: default 10 s",
+    )
+    parser.add_argument("--window", type=_seconds, metavar="S", help="sustained: default 5 s")
+    parser.add_argument("--rate", type=_rate, metavar="R", help="arrival: requests per second")
+    parser.add_argument("--seed", type=_seed, metavar="N", help="arrival: of the arrival times (default 0)")
+
+
+def _compare(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "compare",
+        "tell whether CANDIDATE is slower than BASE: fresh processes in pairs until the verdict is clear",
+        "portcall compare out/onnxruntime-int8 new/onnxruntime-int8 --max-time 20",
+    )
+    sides = (
+        "an artifact folder or a bare file (@ENV behind it: run by that environment of portcall.toml), "
+        "or what bench -o saved"
+    )
+    parser.add_argument("base", metavar="BASE", help=sides)
+    parser.add_argument("candidate", metavar="CANDIDATE", help="the same; the ratio is candidate / base")
+    parser.add_argument("--on", default="local", metavar="TARGET", help="default: local")
+    parser.add_argument(
+        "--metric",
+        default="p50",
+        choices=["p50", "p95", "p99", "cpu", "memory"],
+        help="whose verdict is the top one (default: p50 of wall time)",
+    )
+    parser.add_argument(
+        "--margin", type=_share, default=0.03, metavar="3%", help="what counts as no change (default 3%%)"
+    )
+    parser.add_argument(
+        "--max-time", type=_seconds, default=60.0, metavar="S", help="end undecided after this (default 60 s)"
+    )
+    parser.add_argument("--data", help=f"inputs: {DATA_HELP}")
+    parser.add_argument("--threads", type=_count, default=1, metavar="N", help="of the runtime (default 1)")
+    parser.add_argument(
+        "--batch", type=_count, default=1, metavar="N", help="samples per inference (default 1)"
+    )
+    _model_options(parser)
+
+
+def _share(text: str) -> float:
+    """Return "3%" or "0.03" as a fraction."""
+    try:
+        value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        value = float("nan")
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share such as 3%")
+    return value
+
+
+def _placement_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--min-placement",
+        type=_placement,
+        action="append",
+        default=[],
+        metavar="SHARE",
+        help="95%% or operators=95%%: fail (exit 1) what runs fewer of its operators on the intended unit; "
+        "time=95%%: less of its time (repeatable)",
+    )
+    parser.add_argument(
+        "--no-placement", action="store_true", help="leave out the profiled process that tells the placement"
+    )
+
+
+def _profile(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "profile",
+        "show what each operator takes, which kernel and unit runs it, and the source's layers",
+        "portcall profile out/tflite-int8 --top 10 -o profile",
+    )
+    parser.add_argument(
+        "artifact", metavar="ARTIFACT|FILE", help="an artifact folder, or a bare .onnx, .tflite, .xml file"
+    )
+    parser.add_argument("--on", default="local", metavar="TARGET", help="default: local")
+    parser.add_argument("--data", help=f"inputs: {DATA_HELP}")
+    parser.add_argument("--threads", type=_count, default=1, metavar="N", help="of the runtime (default 1)")
+    parser.add_argument(
+        "--batch", type=_count, default=1, metavar="N", help="samples per inference (default 1)"
+    )
+    parser.add_argument(
+        "--min-time", type=_seconds, default=1.0, metavar="S", help="timed and profiled, each (default 1 s)"
+    )
+    parser.add_argument("--top", type=_count, default=20, metavar="N", help="operators shown (default 20)")
+    parser.add_argument(
+        "-o", "--output", metavar="DIR", help="folder for profile.json, profile.svg and profile.png"
+    )
+    _model_options(parser)
+
+
+def _placement(text: str) -> tuple[str, float]:
+    word, _, share = text.rpartition("=")
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)%", share)
+    if word not in ("", "operators", "time") or found is None or float(found[1]) > 100:
+        raise argparse.ArgumentTypeError(f"{text!r} is not 95%, operators=95% or time=95%")
+    return word or "operators", float(found[1]) / 100
 
 
 def _seconds(text: str) -> float:
@@ -400,6 +596,30 @@ def _count(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
     return value
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    return tuple(dict.fromkeys(_count(part.strip()) for part in text.split(",")))
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+
+
+def _rate(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of requests per second")
+    return value
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 up")
+    return int(text)
 
 
 def _shard(text: str) -> tuple[int, int]:

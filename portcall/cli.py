@@ -1,4 +1,7 @@
-"""The command line. It parses, calls ``portcall.api``, prints a table or one JSON object, and exits with a code."""
+"""The command line. It parses, calls ``portcall.api``, prints a table or one JSON object, and exits with a code.
+
+Long because every command has its function here.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,14 @@ from portcall.arguments import Usage, build_parser
 
 OK, FAILED_VERIFICATION, BAD_INPUT, INCONCLUSIVE, CELL_FAILED, INTERRUPTED = 0, 1, 2, 3, 4, 130
 PORTCALL_SCHEMA = 1
+VERDICTS = {
+    "unchanged": OK,
+    "improved": OK,
+    "regressed": FAILED_VERIFICATION,
+    "inconclusive": INCONCLUSIVE,
+    "incomparable": INCONCLUSIVE,
+}
+"""The exit code of each verdict of ``compare``."""
 INTERRUPTED_TEXT = "interrupted; nothing half-written was left behind"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -166,20 +177,146 @@ def _run_debug(options: argparse.Namespace) -> tuple[dict[str, Any], str, int]:
 
 def _run_bench(options: argparse.Namespace) -> tuple[dict[str, Any], str, int]:
     from portcall import api
+    from portcall.bench.cost_report import cost_lines
+    from portcall.bench.modes_report import mode_table
     from portcall.bench.report import bench_table
+    from portcall.core import Workload
+    from portcall.progress import Reporter
+    from portcall.runner_options import runner_fields
+
+    mode = _mode(options)
+    workload = Workload(
+        batch=options.batch,
+        threads=options.threads,
+        processes=options.processes or (5 if mode == "latency" else mode.processes),
+        min_time_s=options.min_time,
+        max_time_s=options.max_time,
+        shapes=dict(options.shape),
+        **runner_fields(options),
+    )
+    answer = api.benchmark(
+        options.artifacts,
+        target=options.on,
+        workload=workload,
+        mode=mode,
+        witness_pairs=options.witness_pairs if options.witness else None,
+        data=options.data,
+        preprocess=options.preprocess,
+        output=options.output,
+        write=options.write,
+        placement=not options.no_placement,
+        find_memory_limit=options.find_memory_limit,
+        min_placement=dict(options.min_placement),
+        timeout_s=options.timeout,
+        reporter=Reporter(True),
+    )
+    code = _code(answer["results"], options.allow_unavailable)
+    results = answer["results"]
+    text = bench_table(results) + cost_lines(results) if mode == "latency" else mode_table(results)
+    if options.witness:
+        from portcall.bench.witness.report import witness_text
+
+        text += "\n\n" + witness_text(answer["results"])
+    if answer.get("written"):
+        text += "\n\n" + _written(answer["written"])
+    if "error" in answer:
+        code = CELL_FAILED
+        print(f"portcall: {answer['error']['message']}\n  {answer['error']['fix']}", file=sys.stderr)
+    return answer, text, code
+
+
+def _run_report(options: argparse.Namespace) -> tuple[dict[str, Any], str, int]:
+    from portcall import api
+
+    for number in SIGNALS:  # there is no worker to end, but a half-written file to remove
+        signal.signal(number, _raise_interrupt)
+    answer = api.report(options.results, options.output, to=options.to)
+    return answer, _written(answer["written"]), OK
+
+
+def _written(files: Sequence[dict[str, Any]]) -> str:
+    """Return one line per file, and one per cell that its format has no place for."""
+    lines = []
+    for file in files:
+        lines.append(f"wrote {file['path']} ({file['format']}, {file['results']} results)")
+        lines += [
+            f"  not in it: {cell['artifact']}, {cell['outcome']}: {cell['reason']}"
+            for cell in file["left_out"]
+        ]
+    return "\n".join(lines)
+
+
+def _mode(options: argparse.Namespace) -> Any:
+    """Return the mode with its settings, or "latency". Raises Usage for an option of another mode."""
+    from portcall.bench.modes import Arrival, Cold, Sustained, Throughput
+
+    kinds = {"throughput": Throughput, "cold": Cold, "sustained": Sustained, "arrival": Arrival}
+    taken = {  # option -> its modes, and its name there
+        "batches": (("throughput",), "batches"),
+        "streams": (("throughput",), "streams"),
+        "page_cache": (("cold",), "caches"),
+        "duration": (("sustained", "arrival"), "duration_s"),
+        "window": (("sustained",), "window_s"),
+        "rate": (("arrival",), "rate_per_s"),
+        "seed": (("arrival",), "seed"),
+    }
+    settings = {}
+    for option, (modes, name) in taken.items():
+        value = getattr(options, option)
+        if value is None:
+            continue
+        if options.mode not in modes:
+            flag = "--" + option.replace("_", "-")
+            raise Usage(f"{flag} belongs to --mode {' and '.join(modes)}. See: portcall bench --help")
+        settings[name] = value
+    if options.mode == "latency":
+        return "latency"
+    if options.mode == "arrival" and "rate_per_s" not in settings:
+        raise Usage("--mode arrival needs --rate, in requests per second. See: portcall bench --help")
+    return kinds[options.mode](**settings)
+
+
+def _run_compare(options: argparse.Namespace) -> tuple[dict[str, Any], str, int]:
+    from portcall import api
+    from portcall.bench.compare import CompareOptions
+    from portcall.bench.compare_report import compare_table
+    from portcall.core import Workload
+    from portcall.progress import Reporter
+
+    answer = api.compare(
+        options.base,
+        options.candidate,
+        target=options.on,
+        options=CompareOptions(
+            metric=options.metric,
+            margin=options.margin,
+            budget_s=options.max_time,
+            workload=Workload(
+                batch=options.batch, threads=options.threads, warmup_s=0.15, shapes=dict(options.shape)
+            ),
+        ),
+        data=options.data,
+        preprocess=options.preprocess,
+        timeout_s=options.timeout,
+        reporter=Reporter(True),
+    )
+    return answer, compare_table(answer), VERDICTS[answer["verdict"]]
+
+
+def _run_profile(options: argparse.Namespace) -> tuple[dict[str, Any], str, int]:
+    from portcall import api
+    from portcall.bench.profile import profile_table
     from portcall.core import Workload
     from portcall.progress import Reporter
 
     workload = Workload(
         batch=options.batch,
         threads=options.threads,
-        processes=options.processes,
         min_time_s=options.min_time,
-        max_time_s=options.max_time,
         shapes=dict(options.shape),
     )
-    answer = api.benchmark(
-        options.artifacts,
+    answer = api.profile(
+        options.artifact,
         target=options.on,
         workload=workload,
         data=options.data,
@@ -188,11 +325,7 @@ def _run_bench(options: argparse.Namespace) -> tuple[dict[str, Any], str, int]:
         timeout_s=options.timeout,
         reporter=Reporter(True),
     )
-    code = _code(answer["results"], options.allow_unavailable)
-    if "error" in answer:
-        code = CELL_FAILED
-        print(f"portcall: {answer['error']['message']}\n  {answer['error']['fix']}", file=sys.stderr)
-    return answer, bench_table(answer["results"]), code
+    return answer, profile_table(answer, options.top), OK
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], tuple[dict[str, Any], str, int]]] = {
@@ -205,18 +338,24 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], tuple[dict[str, Any], str, in
     "inspect": _run_inspect,
     "debug": _run_debug,
     "bench": _run_bench,
+    "report": _run_report,
+    "compare": _run_compare,
+    "profile": _run_profile,
 }
 """Per command: a function to (what --json prints, the table, the exit code)."""
 
 
 def _code(results: Sequence[dict[str, Any]], allow_unavailable: bool) -> int:
     """Return the exit code of a matrix: 0 if every cell ended in an artifact or a measurement. Precedence 1, 4, 3."""
-    if any(r["error_kind"] == "verification" for r in results):
+    if any(r["error_kind"] in ("verification", "budget") for r in results):
         return FAILED_VERIFICATION
     good = {"artifact", "measurement"} | ({"unavailable"} if allow_unavailable else set())
     if not all(r["outcome"] in good for r in results):
         return CELL_FAILED
-    undecided = any((r.get("eval") or {}).get("verdict") == "inconclusive" for r in results)
+    # A measurement carries its artifact's accuracy along; that was judged by the export.
+    undecided = any(
+        r["outcome"] == "artifact" and (r.get("eval") or {}).get("verdict") == "inconclusive" for r in results
+    )
     return INCONCLUSIVE if undecided else OK
 
 
@@ -257,6 +396,10 @@ def _interrupt(as_json: bool, signum: int, frame: object) -> None:
     assert worker is not None
     if not worker.interrupt_all():
         raise KeyboardInterrupt
+
+
+def _raise_interrupt(signum: int, frame: object) -> None:
+    raise KeyboardInterrupt
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -10,7 +10,7 @@ import difflib
 import os
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -120,15 +120,21 @@ def parse_cells(texts: list[str]) -> list[Cell]:
     return list(cells)
 
 
-_TOML_FIX = 'Write e.g. [backends.onnxruntime], and below it python = "/path/to/python"'
+_TOML_FIX = (
+    'Write e.g. [backends.onnxruntime] or [environments.NAME], and below it python = "/path/to/python"'
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What ``portcall.toml`` and the environment say: an interpreter per backend, and the cache folder."""
+    """What ``portcall.toml`` and the environment say: an interpreter per backend, other environments, the cache folder.
+
+    environments: interpreters by the name that ``compare ARTIFACT@NAME`` takes.
+    """
 
     pythons: Mapping[str, str]
     cache: Path
+    environments: Mapping[str, str] = field(default_factory=dict)
 
     @staticmethod
     def load() -> Settings:
@@ -143,22 +149,30 @@ class Settings:
                 table = tomllib.loads(file.read_text())
             except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
                 raise BadInput(f"portcall.toml is not valid TOML: {error}", "Correct it") from error
-        backends = table.get("backends", {})
-        if table.keys() - {"backends"} or not isinstance(backends, dict):
-            raise BadInput("portcall.toml holds something else than [backends.NAME]", _TOML_FIX)
-        pythons = {}
-        for name, entry in backends.items():
+        if table.keys() - {"backends", "environments"}:
+            raise BadInput(
+                "portcall.toml holds something else than [backends.NAME] and [environments.NAME]", _TOML_FIX
+            )
+        pythons = _interpreters(table, "backends")
+        for name in pythons:
             get_backend(name)
-            if (
-                not isinstance(entry, dict)
-                or set(entry) != {"python"}
-                or not isinstance(entry["python"], str)
-            ):
-                raise BadInput(f"portcall.toml: [backends.{name}] is not python = PATH alone", _TOML_FIX)
-            pythons[name] = entry["python"]
         for name in backend_names():
             python = os.environ.get(f"PORTCALL_PYTHON_{name.upper()}")
             if python:
                 pythons[name] = python
         default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "portcall"
-        return Settings(pythons, Path(os.environ.get("PORTCALL_CACHE") or default))
+        cache = Path(os.environ.get("PORTCALL_CACHE") or default)
+        return Settings(pythons, cache, _interpreters(table, "environments"))
+
+
+def _interpreters(table: Mapping[str, Any], section: str) -> dict[str, str]:
+    """Return the interpreter by name of ``[SECTION.NAME] python = "..."``."""
+    entries = table.get(section, {})
+    if not isinstance(entries, dict):
+        raise BadInput(f"portcall.toml holds something else than [{section}.NAME]", _TOML_FIX)
+    found = {}
+    for name, entry in entries.items():
+        if not isinstance(entry, dict) or set(entry) != {"python"} or not isinstance(entry["python"], str):
+            raise BadInput(f"portcall.toml: [{section}.{name}] is not python = PATH alone", _TOML_FIX)
+        found[name] = entry["python"]
+    return found

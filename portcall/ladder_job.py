@@ -27,7 +27,7 @@ from portcall.ladder_statistics import (
 from portcall.source import open_reference
 from portcall.targets.agent.contract import Graph, Range, Shown
 from portcall.targets.agent.errors import PortcallError
-from portcall.targets.agent.jobs import deviation
+from portcall.targets.agent.opening import deviation
 from portcall.targets.agent.parity import ParityAccumulator, decibels
 
 Array = np.ndarray[Any, Any]

@@ -15,7 +15,7 @@ import numpy as np
 
 from portcall.calibration._rows import Array, Label, class_indices, label_of
 from portcall.targets.agent.errors import BadInput
-from portcall.targets.agent.jobs import REFERENCE
+from portcall.targets.agent.opening import REFERENCE
 from portcall.user_code import load_callable
 
 Outputs = dict[str, Array]

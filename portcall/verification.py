@@ -14,7 +14,7 @@ from portcall.accuracy import Accuracy, Scored, check_budget
 from portcall.calibration.input_statistics import InputStatistics, compare
 from portcall.core import Artifact, BadInput, Outcome, PortcallError, VerificationFailed, outcome_of
 from portcall.exporters import get_backend
-from portcall.targets.agent.jobs import deviation
+from portcall.targets.agent.opening import deviation
 from portcall.workspace import DataArgument, Workspace, open_source, read_data, run_reference
 
 

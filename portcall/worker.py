@@ -34,6 +34,10 @@ class Interrupted(KeyboardInterrupt):
     """Raised where a worker was ended, or not started, because the user interrupted the command."""
 
 
+class WorkerDied(CellFailed):
+    """A worker ended without an answer: a signal, or an exit of its own."""
+
+
 _open_pools: set[WorkerPool] = set()
 _opened = 0
 
@@ -90,6 +94,10 @@ class WorkerPool:
         """End every running worker; their callers get Interrupted."""
         self._stop.set()
 
+    def python_of(self, backend: str) -> str:
+        """Return the interpreter that runs *backend*'s jobs."""
+        return self.pythons.get(backend, sys.executable)
+
     def call(
         self,
         function: str,
@@ -107,7 +115,7 @@ class WorkerPool:
         """
         if self._stop.is_set:
             raise Interrupted
-        python = self.pythons.get(backend or "", sys.executable)
+        python = self.python_of(backend or "")
         with tempfile.TemporaryDirectory(prefix="portcall-job-") as name:
             folder = Path(name)
             job = {
@@ -123,7 +131,7 @@ class WorkerPool:
                 if answer is None:
                     full = shutil.disk_usage(folder).free < 1 << 16
                     fix = f"{folder.parent} is full: free space there, or set TMPDIR" if full else ""
-                    raise CellFailed(f"{_death(status)}{_last_line(output)}", fix)
+                    raise WorkerDied(f"{_death(status)}{_last_line(output)}", fix)
                 if "error" in answer:
                     error = answer["error"]
                     raise error_from_kind(error["kind"], error["message"], error["fix"])
@@ -152,20 +160,18 @@ class WorkerPool:
             job = {**job, "lifeline_fd": lifeline_read, "progress_fd": progress_write}
             (folder / "job.json").write_text(json.dumps(job))
             with output.open("wb") as stream:
+                environment = _environment(folder)
                 try:
+                    command = [*interpreter_command(python), str(AGENT_MAIN)]
+                    command += [str(folder / "job.json"), str(folder / "answer.json")]
                     process = subprocess.Popen(
-                        [
-                            *_command(python),
-                            str(AGENT_MAIN),
-                            str(folder / "job.json"),
-                            str(folder / "answer.json"),
-                        ],
+                        [*command, str(time.monotonic_ns())],
                         stdin=subprocess.DEVNULL,
                         stdout=stream,
                         stderr=subprocess.STDOUT,
                         start_new_session=True,
                         pass_fds=(lifeline_read, progress_write),
-                        env=_environment(folder),
+                        env=environment,
                     )
                 except OSError as error:
                     raise UnavailableError(
@@ -247,7 +253,7 @@ class _ExitEvent:
         os.close(self._fd)
 
 
-def _command(python: str) -> list[str]:
+def interpreter_command(python: str) -> list[str]:
     """Return the interpreter with the flag that keeps the user's folder off sys.path.
 
     -P needs Python 3.11; -I does the same (and more) below.

@@ -42,7 +42,7 @@ class DataArgument:
     preprocess: str | None = None
 
 
-def _usable_cpus() -> int:
+def usable_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -55,8 +55,12 @@ class Workspace:
     reporter: Reporter
     settings: Settings
     logs: Path | None = None
-    threads: int = field(default_factory=_usable_cpus)
+    threads: int = field(default_factory=usable_cpus)
     probed: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def exporters_path(self) -> list[str]:
+        return list(portcall.exporters.__path__)
 
     def call(
         self,

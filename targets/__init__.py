@@ -19,7 +19,7 @@ class Driver(Protocol):
     """Talks to one device."""
 
     def run(self, job: str, arguments: Mapping[str, Any], label: str, backend: str) -> Any:
-        """Do one job of ``targets/agent/jobs.py`` there and return its answer."""
+        """Do one job of the agent there (NAME in ``jobs.py``, or MODULE:NAME) and return its answer."""
 
 
 @dataclass(frozen=True)  # this file travels with agent/: Python 3.8 knows no slots

@@ -16,8 +16,12 @@ class LocalDriver:
         self._work = work
 
     def run(self, job: str, arguments: Mapping[str, Any], label: str, backend: str) -> Any:
-        """Return what ``portcall.targets.agent.jobs:JOB`` answers. Raises the PortcallError of a failed cell."""
-        return self._work.call(f"portcall.targets.agent.jobs:{job}", arguments, label, backend)
+        """Return what the job answers: a name in ``jobs.py``, or MODULE:NAME in another module of the agent.
+
+        Raises the PortcallError of a failed cell.
+        """
+        module, _, name = job.rpartition(":")
+        return self._work.call(f"portcall.targets.agent.{module or 'jobs'}:{name}", arguments, label, backend)
 
 
 TARGET = Target(name="local", description="this machine", driver=LocalDriver)

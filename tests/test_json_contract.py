@@ -23,7 +23,7 @@ import pytest
 CELLS = ["onnxruntime:fp32", "onnxruntime:int8", "openvino:int8"]
 NUMBER = (int, float)
 TEXT_OR_NULL = (str, type(None))
-PERCENTILES = {"p50_ns": 0.5, "p90_ns": 0.9, "p95_ns": 0.95, "p99_ns": 0.99}
+PERCENTILES = {"p50_ns": 0.5, "p90_ns": 0.9, "p95_ns": 0.95, "p99_ns": 0.99, "p999_ns": 0.999}
 
 Run = Any  # the fixture of conftest.py
 Keys = Mapping[str, Any]
@@ -320,6 +320,12 @@ MEASURED = {
     "memory": dict,
     "environment": dict,
     "warnings": list,
+    "steady": dict,
+    "overhead": dict,
+    "deterministic": bool,
+    "rss_growth_bytes": (int, type(None)),
+    "died": int,
+    "per_process": list,
 }
 
 
@@ -346,6 +352,13 @@ def test_bench_keys(measured: dict[str, Any], folder: Path) -> None:
         sizes = {"method": str, "baseline_bytes": int, "model_bytes": int, "peak_bytes": int}
         check_keys(result["memory"], sizes, "memory")
         assert result["environment"]["machine"] and result["environment"]["stack"]
+        check_keys(result["overhead"], {"wall_ns": NUMBER, "cpu_ns": NUMBER, "loop_ns": NUMBER}, "overhead")
+        check_keys(result["steady"], {"reached": bool, "processes": int, "warmup_ns": NUMBER}, "steady")
+        check_keys(result["latency"], {"trimmed_mean_ns": NUMBER, "trim": NUMBER}, "latency")
+        assert len(result["per_process"]) == result["latency"]["processes"]
+        figures = {"n": int, "p50_ns": NUMBER, "cpu_p50_ns": NUMBER, "load_ns": NUMBER, "first_ns": NUMBER}
+        for process in result["per_process"]:
+            check_keys(process, {**figures, "started_at": str, "warmup": int, "steady": dict}, "process")
         assert all(isinstance(w, str) for w in result["warnings"])
     assert json.loads((folder / "bench" / "bench.json").read_text()) == measured
 

@@ -55,7 +55,8 @@ def test_command(command: str) -> None:
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    verdicts = (1, 3) if command.startswith("portcall compare") else ()  # a verdict, whichever it is
+    assert done.returncode in (0, *verdicts), done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     assert "failed" not in done.stdout
 

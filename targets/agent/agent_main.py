@@ -1,4 +1,6 @@
-"""The worker's entry: ``INTERPRETER -P agent_main.py JOB ANSWER`` (below Python 3.11: ``-I``).
+"""The worker's entry: ``INTERPRETER -P agent_main.py JOB ANSWER [SPAWNED]`` (below Python 3.11: ``-I``).
+
+SPAWNED: ``time.monotonic_ns()`` of the parent as it spawned this process; that clock is the system's, not a process's.
 
 JOB is JSON: {"call": "module:function", "arguments": {...}, "package_root": dir of the portcall package,
 "exporters_path": [dirs], "lifeline_fd", "progress_fd"}. ANSWER is written whole, by rename:
@@ -8,16 +10,24 @@ runtimes. The worker dies with its parent: see ``_follow_parent``.
 
 from __future__ import annotations
 
-import ctypes
-import errno
-import importlib
-import importlib.util
-import json
-import os
-import signal
 import sys
-import traceback
-from typing import Any, Callable, Dict, List, Optional
+import time
+
+STARTED_NS = (
+    time.monotonic_ns()
+)  # before anything else is imported: what came before is the interpreter's start
+
+import ctypes  # noqa: E402  # after the clock was read; so are all others
+import errno  # noqa: E402
+import importlib  # noqa: E402
+import importlib.util  # noqa: E402
+import json  # noqa: E402
+import os  # noqa: E402
+import signal  # noqa: E402
+import traceback  # noqa: E402
+from typing import Any, Callable, Dict, List, Optional  # noqa: E402
+
+SPAWNED_NS: Optional[int] = int(sys.argv[3]) if __name__ == "__main__" and len(sys.argv) > 3 else None
 
 PR_SET_PDEATHSIG = 1
 

@@ -25,6 +25,7 @@ from typing import (
 
 if TYPE_CHECKING:
     from portcall.targets.agent.contents import Contents
+    from portcall.targets.agent.profiling import Profiler
 
 Dim = Union[int, str]
 """A dimension: a fixed size, or the name of a dynamic one."""
@@ -294,7 +295,12 @@ class Census:
 class Workload:
     """How an artifact is measured. Times in seconds; *threads* is the runtime's intra-op count.
 
-    max_time_s caps one cell (all its processes, start-up included); None means no cap.
+    warmup_s and max_warmup_s: the least and the longest warm-up; in between it ends when the series is stationary.
+    A process times at least min_time_s and min_count inferences. max_time_s caps one cell (all its processes, start-up
+    included); None means no cap. ci_width: processes are added until the 95 % interval of P50, upper minus lower end
+    over P50, is that narrow (0.01 is 1 %); None for exactly *processes*.
+    affinity: the CPUs that a process may run on. priority: "nice:N" or "fifo:N". spinning: whether waiting threads of
+    the runtime spin. None leaves each as it is: see ``portcall.targets.agent.settings``.
     """
 
     batch: int = 1
@@ -304,6 +310,12 @@ class Workload:
     min_time_s: float = 1.0
     max_time_s: Optional[float] = None
     shapes: Mapping[str, Tuple[int, ...]] = field(default_factory=dict)
+    max_warmup_s: float = 3.0
+    min_count: int = 5
+    ci_width: Optional[float] = None
+    affinity: Optional[Tuple[int, ...]] = None
+    priority: Optional[str] = None
+    spinning: Optional[bool] = None
 
     def to_json(self) -> Dict[str, Any]:
         return {
@@ -314,12 +326,20 @@ class Workload:
             "min_time_s": self.min_time_s,
             "max_time_s": self.max_time_s,
             "shapes": {k: list(v) for k, v in self.shapes.items()},
+            "max_warmup_s": self.max_warmup_s,
+            "min_count": self.min_count,
+            "ci_width": self.ci_width,
+            "affinity": None if self.affinity is None else list(self.affinity),
+            "priority": self.priority,
+            "spinning": self.spinning,
         }
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Workload:
         values = dict(data)
         values["shapes"] = {k: tuple(v) for k, v in data.get("shapes", {}).items()}
+        if data.get("affinity") is not None:
+            values["affinity"] = tuple(data["affinity"])
         return Workload(**values)
 
 
@@ -335,6 +355,7 @@ class Session:
     outputs: Tuple[TensorSpec, ...]
     environment: Dict[str, Any]
     device_times_ns: Sequence[float] = ()
+    no_memory_figures: str = "the runtime's Python API tells no memory figures"
 
     def set_inputs(self, arrays: Mapping[str, Any]) -> None:
         """Bind *arrays* (runtime name -> ndarray of the runtime's shape and dtype)."""
@@ -347,6 +368,10 @@ class Session:
     def get_outputs(self) -> Dict[str, Any]:
         """Return copies of the outputs of the last inference (runtime name -> ndarray)."""
         raise NotImplementedError
+
+    def memory_figures(self) -> Mapping[str, int]:
+        """Return what the runtime itself says of its memory, name -> bytes; empty: see ``no_memory_figures``."""
+        return {}
 
 
 @dataclass(frozen=True)
@@ -503,6 +528,9 @@ class Backend:
     interpret: like load, for a backend whose runtime is not at hand where it exports: runs the portable part of the
     artifact with another runtime. ``verify`` falls back on it and labels the parity; ``bench`` never uses it.
     trace: shows the intermediate tensors of an artifact, for ``debug``; without it only the outputs are compared.
+    load_streams(artifact, workload, n): like load, for n sessions that infer at the same time, each from a thread of
+    its own and with ``workload.threads`` threads; where it is None, n sessions are loaded one by one.
+    profile: like load, with the runtime's profiler on; tells which unit runs which operator. Without it no placement.
     example: the text of an ``example.py`` that needs only the runtime; @ENTRY@ stands for the file to load, @COMMON@
     for what defines ``here``, ``samples`` and ``show(name, value)``.
     """
@@ -520,3 +548,5 @@ class Backend:
     finish: Optional[Callable[[Artifact, Workload, Path], str]] = None
     contents: Optional[Callable[[Artifact, Mapping[str, Tuple[int, ...]]], Contents]] = None
     trace: Optional[Callable[[Artifact, Workload], ContextManager[Trace]]] = None
+    load_streams: Optional[Callable[[Artifact, Workload, int], ContextManager[Sequence[Session]]]] = None
+    profile: Optional[Callable[[Artifact, Workload], ContextManager[Profiler]]] = None

@@ -47,9 +47,23 @@ class VerificationFailed(CellFailed):
     kind = "verification"
 
 
+class BudgetBroken(CellFailed):
+    """What was measured does not keep to a budget that was asked for (exit code 1)."""
+
+    kind = "budget"
+
+
 _KINDS = {
     cls.kind: cls
-    for cls in (PortcallError, BadInput, UnsupportedError, UnavailableError, CellFailed, VerificationFailed)
+    for cls in (
+        PortcallError,
+        BadInput,
+        UnsupportedError,
+        UnavailableError,
+        CellFailed,
+        VerificationFailed,
+        BudgetBroken,
+    )
 }
 
 

@@ -20,6 +20,9 @@ from typing import Any, Dict, List, Mapping, Optional, Set, Tuple
 
 import numpy as np
 
+from portcall.targets.agent.cgroups import own_folders, read
+from portcall.targets.agent.counters import counters
+
 _ROOT = Path("/")
 _CPUS = "sys/devices/system/cpu"
 
@@ -109,10 +112,10 @@ def stack(root: Path = _ROOT) -> Dict[str, Any]:
     facts.put("os", _os_name(root), "no /etc/os-release")
     facts.put("kernel", f"{platform.system()} {platform.release()}")
     facts.put("libc", _libc(), "neither confstr nor the interpreter's file tells it")
-    driver = re.search(r"Kernel Module\D+([\d.]+)", _read(root, "proc/driver/nvidia/version") or "")
+    driver = re.search(r"Kernel Module\D+([\d.]+)", read(root, "proc/driver/nvidia/version") or "")
     facts.put("gpu_driver", driver.group(1) if driver else None, "no NVIDIA driver in /proc")
     facts.put("microcode", _first(_cpuinfo(root), "microcode"), "not in /proc/cpuinfo")
-    huge = re.search(r"\[(\w+)\]", _read(root, "sys/kernel/mm/transparent_hugepage/enabled") or "")
+    huge = re.search(r"\[(\w+)\]", read(root, "sys/kernel/mm/transparent_hugepage/enabled") or "")
     facts.put("transparent_hugepage", huge.group(1) if huge else None, "not in /sys")
     chosen = {
         k: v
@@ -124,7 +127,7 @@ def stack(root: Path = _ROOT) -> Dict[str, Any]:
 
 
 def state(root: Path = _ROOT) -> Dict[str, Any]:
-    """Return what changes from moment to moment: load, clock, temperatures, free memory, UTC time."""
+    """Return what changes from moment to moment: load, clock, temperatures, free memory, UTC time, ``counters``."""
     facts = _Facts()
     facts.put("time", datetime.now(timezone.utc).isoformat())
     try:
@@ -142,6 +145,7 @@ def state(root: Path = _ROOT) -> Dict[str, Any]:
         ("swap_free_bytes", "SwapFree"),
     ):  # fmt: skip
         facts.put(key, memory.get(name), f"no {name} in /proc/meminfo")
+    facts.put("counters", counters(root))
     return facts.to_json()
 
 
@@ -211,7 +215,7 @@ def _sysctl(*names: str) -> Dict[str, str]:
 def _cpuinfo(root: Path) -> List[Dict[str, str]]:
     """Return the blocks of /proc/cpuinfo that describe a processor (Arm adds one on the board)."""
     blocks = []
-    for text in (_read(root, "proc/cpuinfo") or "").split("\n\n"):
+    for text in (read(root, "proc/cpuinfo") or "").split("\n\n"):
         pairs = (line.partition(":") for line in text.splitlines())
         block = {key.strip(): value.strip() for key, _, value in pairs}
         if "processor" in block:
@@ -273,36 +277,36 @@ def _rounded(size: int) -> int:
 
 
 def _meminfo(root: Path) -> Dict[str, int]:
-    found = re.findall(r"^(\w+):\s+(\d+) kB", _read(root, "proc/meminfo") or "", re.MULTILINE)
+    found = re.findall(r"^(\w+):\s+(\d+) kB", read(root, "proc/meminfo") or "", re.MULTILINE)
     return {name: int(kib) * 1024 for name, kib in found}
 
 
 def _board(root: Path) -> Optional[str]:
-    text = _read(root, "proc/device-tree/model") or _read(root, "sys/class/dmi/id/product_name")
+    text = read(root, "proc/device-tree/model") or read(root, "sys/class/dmi/id/product_name")
     return text.strip("\0 \n") or None if text else None
 
 
 def _gpus(root: Path) -> Optional[List[str]]:
     """Return the models of the NVIDIA GPUs, as the driver's /proc files name them."""
     files = sorted((root / "proc/driver/nvidia/gpus").glob("*/information"))
-    found = [re.search(r"^Model:\s*(.+)$", _read(file.parent, file.name) or "", re.M) for file in files]
+    found = [re.search(r"^Model:\s*(.+)$", read(file.parent, file.name) or "", re.M) for file in files]
     return [match.group(1).strip() for match in found if match] or None
 
 
 def _switch(root: Path, name: str) -> Optional[bool]:
-    return {"0": False, "1": True}.get(_read(root, f"{_CPUS}/{name}") or "")
+    return {"0": False, "1": True}.get(read(root, f"{_CPUS}/{name}") or "")
 
 
 def _distinct(root: Path, name: str) -> Optional[str]:
     """Return the distinct values of a file that each CPU has, joined by commas."""
-    found = {_read(cpu, name) for cpu in (root / _CPUS).glob("cpu[0-9]*")}
+    found = {read(cpu, name) for cpu in (root / _CPUS).glob("cpu[0-9]*")}
     return ",".join(sorted(v for v in found if v)) or None
 
 
 def _frequencies(root: Path) -> Tuple[Optional[Dict[str, float]], Optional[str]]:
     values, method = [], "scaling_cur_freq"
     for cpu in (root / _CPUS).glob("cpu[0-9]*"):
-        khz = _read(cpu, "cpufreq/scaling_cur_freq") or ""
+        khz = read(cpu, "cpufreq/scaling_cur_freq") or ""
         if khz.isdigit():
             values.append(int(khz) / 1000)
     if not values:
@@ -317,7 +321,7 @@ def _temperatures(root: Path) -> Dict[str, float]:
     """Return degrees Celsius by the zone's type; of several zones of one type, the hottest."""
     hottest: Dict[str, float] = {}
     for zone in sorted((root / "sys/class/thermal").glob("thermal_zone*")):
-        name, value = _read(zone, "type"), _read(zone, "temp")
+        name, value = read(zone, "type"), read(zone, "temp")
         if name and value and value.lstrip("-").isdigit():
             hottest[name] = max(hottest.get(name, -1e3), int(value) / 1000)
     return hottest
@@ -326,7 +330,7 @@ def _temperatures(root: Path) -> Dict[str, float]:
 def _os_name(root: Path) -> Optional[str]:
     if platform.system() == "Darwin":
         return f"macOS {platform.mac_ver()[0]}"
-    found = re.search(r'^PRETTY_NAME="?([^"\n]*)', _read(root, "etc/os-release") or "", re.MULTILINE)
+    found = re.search(r'^PRETTY_NAME="?([^"\n]*)', read(root, "etc/os-release") or "", re.MULTILINE)
     return found.group(1) if found else None
 
 
@@ -341,15 +345,15 @@ def _libc() -> Optional[str]:
 def _container_limits(root: Path) -> Tuple[Optional[float], Optional[int]]:
     """Return the tightest CPU quota in cores and memory limit in bytes over this process's cgroups."""
     quotas, limits = [], []
-    for folder in _cgroup_folders(root, ""):
-        quotas.append(_quota(*((_read(folder, "cpu.max") or "").split() or ["max"])))
-        limits.append(_number(_read(folder, "memory.max")))
-    for folder in _cgroup_folders(root, "cpu"):
+    for folder in own_folders(root, ""):
+        quotas.append(_quota(*((read(folder, "cpu.max") or "").split() or ["max"])))
+        limits.append(_number(read(folder, "memory.max")))
+    for folder in own_folders(root, "cpu"):
         quotas.append(
-            _quota(_read(folder, "cpu.cfs_quota_us") or "max", _read(folder, "cpu.cfs_period_us") or "100000")
+            _quota(read(folder, "cpu.cfs_quota_us") or "max", read(folder, "cpu.cfs_period_us") or "100000")
         )
-    for folder in _cgroup_folders(root, "memory"):
-        limits.append(_number(_read(folder, "memory.limit_in_bytes")))
+    for folder in own_folders(root, "memory"):
+        limits.append(_number(read(folder, "memory.limit_in_bytes")))
     real = [v for v in limits if v is not None and v < 1 << 62]  # v1 says "no limit" with about 2^63
     return min((q for q in quotas if q is not None), default=None), min(real, default=None)
 
@@ -362,35 +366,3 @@ def _quota(quota: str, period: str = "100000") -> Optional[float]:
 def _number(text: Optional[str]) -> Optional[int]:
     """Return a non-negative integer; None for "max", "-1" and what is absent."""
     return int(text) if text and text.isdigit() else None
-
-
-def _cgroup_folders(root: Path, controller: str) -> List[Path]:
-    """Return the folders of this process's cgroup and its parents; *controller* "" means version 2."""
-    own = None
-    for line in (_read(root, "proc/self/cgroup") or "").splitlines():
-        controllers, _, path = line.partition(":")[2].partition(":")
-        if controller in controllers.split(","):
-            own = path
-    if own is None:
-        return []
-    for line in (_read(root, "proc/self/mountinfo") or "").splitlines():
-        before, _, after = line.partition(" - ")
-        mounted, mount = before.split()[3:5]
-        kind, _, options = after.split(" ", 2)
-        if kind != ("cgroup" if controller else "cgroup2"):
-            continue
-        if controller and controller not in options.split(","):
-            continue
-        # Without a cgroup namespace a container sees the host's path but only its own part of the tree.
-        inside = own[len(mounted.rstrip("/")) :] if own.startswith(mounted) else ""
-        top = root / mount.lstrip("/")
-        parts = [part for part in inside.split("/") if part and part != ".."]
-        return [top.joinpath(*parts[:n]) for n in range(len(parts), -1, -1)]
-    return []
-
-
-def _read(root: Path, name: str) -> Optional[str]:
-    try:
-        return (root / name).read_text(errors="replace").strip()
-    except OSError:
-        return None

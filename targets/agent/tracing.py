@@ -9,7 +9,7 @@ import numpy as np
 
 from portcall.targets.agent.contract import Artifact, Workload
 from portcall.targets.agent.errors import PortcallError
-from portcall.targets.agent.jobs import _backend, _inputs, _Names, _session
+from portcall.targets.agent.opening import Names, get_backend, open_session, read_inputs
 
 
 def trace(arguments: Mapping[str, Any], progress: Callable[[int, Optional[int]], None]) -> Dict[str, Any]:
@@ -19,7 +19,7 @@ def trace(arguments: Mapping[str, Any], progress: Callable[[int, Optional[int]],
     [Shown as JSON] or None without a hook, "how", "deployed", "refused": why the artifact does not run as deployed}.
     """
     artifact = Artifact.from_json(arguments["artifact"])
-    backend = _backend(artifact.backend)
+    backend = get_backend(artifact.backend)
     workload = Workload(threads=arguments["threads"])
     samples, directory, n = Path(arguments["samples"]), Path(arguments["directory"]), arguments["n"]
     answer: Dict[str, Any] = {"tensors": None, "how": None, "deployed": None, "refused": None}
@@ -28,7 +28,7 @@ def trace(arguments: Mapping[str, Any], progress: Callable[[int, Optional[int]],
             answer["tensors"] = [t.to_json() for t in shown.tensors]
             answer["how"] = shown.how
             for number in range(n):
-                arrays, _ = _inputs(str(samples / f"{number:06d}.npz"))
+                arrays, _ = read_inputs(str(samples / f"{number:06d}.npz"))
                 values = shown.run(arrays)
                 np.savez(
                     str(directory / f"trace-{number:06d}.npz"), **{f"t{i}": v for i, v in enumerate(values)}
@@ -52,20 +52,20 @@ def _deployed(
     n: int,
 ) -> str:
     """Run the artifact as it is deployed, or interpreted; return what ran it."""
-    interpret = _backend(artifact.backend).interpret if arguments["interpret"] else None
+    interpret = get_backend(artifact.backend).interpret if arguments["interpret"] else None
     if interpret is not None:
         with interpret(artifact, workload) as session:
             _run(artifact, session, samples, directory, n)
             return f"interpreted: {session.environment.get('runtime', artifact.backend)}"
-    with _session(artifact, workload) as (session, _):
+    with open_session(artifact, workload) as (session, _):
         _run(artifact, session, samples, directory, n)
         return str(session.environment.get("runtime", artifact.backend))
 
 
 def _run(artifact: Artifact, session: Any, samples: Path, directory: Path, n: int) -> None:
-    names = _Names(artifact, session)
+    names = Names(artifact, session)
     for number in range(n):
-        arrays, _ = _inputs(str(samples / f"{number:06d}.npz"))
+        arrays, _ = read_inputs(str(samples / f"{number:06d}.npz"))
         names.bind(session, arrays)
         session.infer()
         results: Dict[str, Any] = dict(names.results(session))

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 import portcall.api
-from portcall.core import Workload
+from portcall.bench.cost_report import cost_lines
+from portcall.core import UnavailableError, Workload
 from portcall.targets import Target, local
 
 JOBS: list[tuple[str, str]] = []
@@ -33,12 +34,48 @@ def two(identity_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     return [tmp_path / "a", tmp_path / "b"]
 
 
-def test_memory_first_then_rounds_over_all_artifacts(two: list[Path]) -> None:
+def test_memory_first_then_rounds_over_all_artifacts_then_energy(two: list[Path]) -> None:
     answer = portcall.api.benchmark(two, workload=Workload(processes=3, min_time_s=0.01, warmup_s=0.0))
-    memory, timed = JOBS[:2], JOBS[2:]
-    assert memory == [("measure_memory", "a"), ("measure_memory", "b")]
-    assert timed == [("measure", name) for _ in range(3) for name in ("a", "b")]
+    memory = [name for job, name in JOBS if job == "measure_memory"]
+    assert memory == sorted(memory) and set(memory) == {"a", "b"}
+    rest = JOBS[len(memory) :]
+    assert rest[:6] == [("measure", name) for _ in range(3) for name in ("a", "b")]
+    assert rest[6:] == [("measure_energy", "a"), ("measure_energy", "b")]
     assert [r["latency"]["processes"] for r in answer["results"]] == [3, 3]
+
+
+def test_memory_and_energy_have_their_keys(two: list[Path]) -> None:
+    [result] = portcall.api.benchmark(two[:1], workload=Workload(processes=1, min_time_s=0.01))["results"]
+    memory, energy = result["memory"], result["energy"]
+    for key in ("baseline_bytes", "model_bytes", "loaded_bytes", "peak_bytes"):
+        assert isinstance(memory[key], int), key
+    assert memory["layout"] in ("fixed", "random") and memory["processes"] >= 3
+    assert memory["spread"]["peak_bytes"][0] <= memory["peak_bytes"] <= memory["spread"]["peak_bytes"][1]
+    assert memory["limit"] is None, "nobody asked for it"
+    assert memory["weights"]["bytes"] is None and memory["weights"]["reason"], "null holds no weights"
+    if energy["available"]:
+        assert energy["joules_per_inference"] > 0 and energy["reason"] is None
+    else:
+        assert energy["reason"] and energy["fix"]
+
+
+def test_a_limit_that_cannot_be_searched_leaves_the_measurement(
+    two: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(
+        self: RecordingDriver, job: str, arguments: Mapping[str, Any], label: str, backend: str
+    ) -> Any:
+        if job == "find_memory_limit":
+            raise UnavailableError("no cgroups on this device", "Use another one")
+        return local.LocalDriver.run(self, job, arguments, label, backend)
+
+    monkeypatch.setattr(RecordingDriver, "run", refused)
+    workload = Workload(processes=1, min_time_s=0.01)
+    [result] = portcall.api.benchmark(two[:1], workload=workload, find_memory_limit=True)["results"]
+    assert result["outcome"] == "measurement"
+    expected = {"available": False, "reason": "no cgroups on this device", "fix": "Use another one"}
+    assert result["memory"]["limit"] == expected
+    assert "no memory limit: no cgroups on this device; fix: Use another one" in cost_lines([result])
 
 
 def test_a_cap_is_shared_by_all_processes(two: list[Path], tmp_path: Path) -> None:

@@ -8,10 +8,13 @@ import pytest
 from portcall.bench.statistics import (
     percentile,
     process_interval,
+    processes_for_width,
+    relative_width,
     samples_needed,
     student_t_quantile,
     summarize,
     supported_percentile,
+    trimmed_mean,
 )
 
 
@@ -129,7 +132,7 @@ def test_summarize_says_what_n_does_not_support() -> None:
     assert "n=40: no p99 (needs 299)" in warnings
     assert "n=40: no p95 (needs 59)" in warnings
     assert "no interval for p90: a process has n=20 (needs 29)" in warnings
-    assert set(latency["ci"]) == {"mean_ns", "p50_ns"}
+    assert set(latency["ci"]) == {"mean_ns", "trimmed_mean_ns", "p50_ns"}
 
 
 def test_summarize_pools_processes_and_gives_intervals() -> None:
@@ -140,34 +143,95 @@ def test_summarize_pools_processes_and_gives_intervals() -> None:
     ]
     latency, warnings = summarize(processes)
     pooled = np.concatenate(processes)
-    assert warnings == []
+    assert warnings == ["n=2000: no p99.9 (needs 2995)"]
+    assert latency["p999_ns"] is None
     assert (latency["n"], latency["processes"]) == (2000, 5)
     assert isinstance(latency["min_ns"], int)
     assert latency["min_ns"] == pooled.min()
     assert latency["p99_ns"] == pytest.approx(np.quantile(pooled, 0.99))
     assert latency["stdev_ns"] == pytest.approx(pooled.std(ddof=1))
     assert latency["ci"]["p50_ns"] == list(process_interval([float(np.median(p)) for p in processes]) or ())
-    assert set(latency["ci"]) == {"mean_ns", "p50_ns", "p90_ns", "p95_ns", "p99_ns"}
+    assert set(latency["ci"]) == {"mean_ns", "trimmed_mean_ns", "p50_ns", "p90_ns", "p95_ns", "p99_ns"}
     for key, (low, high) in latency["ci"].items():
         assert low <= latency[key] <= high
 
 
 def test_summarize_warns_when_processes_differ() -> None:
-    processes = [np.full(400, v) for v in (1000, 1080)]
+    processes = [np.full(3000, v) for v in (1000, 1080)]
     _, warnings = summarize(processes)
     assert warnings == ["P50 varies 5.4 % between processes: rerun with --processes 10, or pin clocks"]
     _, warnings = summarize(processes * 5)
     assert warnings == []
-    _, warnings = summarize([np.full(400, v) for v in (1000, 1300)] * 5)
+    _, warnings = summarize([np.full(3000, v) for v in (1000, 1300)] * 5)
     assert warnings == ["P50 varies 13.7 % between processes: rerun with --processes 20, or pin clocks"]
 
 
 def test_summarize_tells_empty_processes_and_a_coarse_clock() -> None:
-    latency, warnings = summarize([np.full(400, 5), np.full(400, 5), np.array([])])
+    latency, warnings = summarize([np.full(3000, 5), np.full(3000, 5), np.array([])])
     assert latency["processes"] == 2
     assert warnings == ["1 of 3 processes gave no samples"]
-    latency, warnings = summarize([np.zeros(400), np.full(400, 5)])
+    latency, warnings = summarize([np.zeros(3000), np.full(3000, 5)])
     assert latency["ci"] == {}
     assert warnings == [
         "some latencies are 0 ns: no interval; the clock is too coarse, measure a larger batch"
     ]
+
+
+def test_trimmed_mean_leaves_out_a_tenth_at_each_end() -> None:
+    assert trimmed_mean(np.arange(10)) == 4.5
+    assert trimmed_mean(np.array([0, 1, 2, 3, 4, 5, 6, 7, 8, 1e9])) == 4.5
+    assert trimmed_mean(np.array([7.0])) == 7.0
+    assert trimmed_mean(np.array([1.0, 3.0])) == 2.0
+    scipy = pytest.importorskip("scipy.stats", reason="SciPy is not installed; portcall[dev] brings it")
+    values = np.random.default_rng(7).exponential(1.0, 997)
+    assert trimmed_mean(values) == pytest.approx(scipy.trim_mean(values, 0.1))
+    with pytest.raises(ValueError, match="no samples"):
+        trimmed_mean(np.array([]))
+
+
+def test_p999_needs_2995_samples() -> None:
+    samples = np.random.default_rng(2).exponential(1e6, 6000)
+    latency, warnings = summarize([samples[:3000], samples[3000:]])
+    assert latency["p999_ns"] == pytest.approx(np.quantile(samples, 0.999))
+    assert "p999_ns" in latency["ci"]
+    assert not any("p99.9" in w for w in warnings)
+
+
+def test_processes_for_width_is_enough_and_not_much_more() -> None:
+    rng = np.random.default_rng(4)
+    values = 1e6 * np.exp(rng.normal(0.0, 0.05, 12))
+    for width in (0.2, 0.1, 0.05, 0.02):
+        n = processes_for_width(list(values), width)
+        assert n is not None
+        spread = float(np.log(values).std(ddof=1))
+
+        def width_with(count: int, spread: float = spread) -> float:
+            half = student_t_quantile(0.975, count - 1) * spread / math.sqrt(count)
+            return 2 * math.sinh(half)
+
+        assert width_with(n) <= width * 1.0001
+        assert n <= 3 or width_with(max(2, int(n * 0.9) - 1)) > width
+    assert processes_for_width([1.0], 0.1) is None
+    assert processes_for_width([5.0, 5.0], 0.1) == 2
+    assert relative_width((98.0, 103.0), 100.0) == pytest.approx(0.05)
+
+
+def test_from_20_processes_on_t_still_covers_at_least_what_a_bootstrap_does() -> None:
+    """Spread of one process in ten up to a third slower than the others, and exponential logs."""
+    rng = np.random.default_rng(8)
+    runs, processes = 1500, 20
+
+    def outliers(shape: tuple[int, int]) -> np.ndarray:
+        return rng.normal(0, 0.03, shape) + np.where(rng.random(shape) < 0.1, 0.3 * rng.random(shape), 0)
+
+    shape = (runs, processes)
+    for logs, mean in ((outliers(shape), 0.015), (np.asarray(rng.exponential(0.05, shape)), 0.05)):
+        covered = 0
+        for row in logs:
+            interval = process_interval(list(np.exp(row)))
+            assert interval is not None
+            covered += interval[0] <= math.exp(mean) <= interval[1]
+        means = np.stack([logs[:, rng.integers(0, processes, processes)].mean(axis=1) for _ in range(200)])
+        low, high = np.quantile(means, [0.025, 0.975], axis=0)
+        assert covered / runs >= float(np.mean((low <= mean) & (mean <= high))) - 0.01
+        assert covered / runs >= 0.86

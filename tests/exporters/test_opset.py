@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from portcall.exporters import _opset
 from portcall.targets.agent.errors import BadInput, UnsupportedError
-from portcall.targets.agent.jobs import is_older
+from portcall.targets.agent.opening import is_older
 
 Array = np.ndarray[Any, Any]
 

@@ -298,6 +298,15 @@ def test_a_bare_engine_refuses_other_shapes_with_its_limits() -> None:
         fixed.set_inputs({"x": np.ones((3, 3), np.float32)})
 
 
+def test_the_engine_tells_its_size_and_what_its_context_takes() -> None:
+    session, _ = session_of(Cuda())
+    assert session.memory_figures() == {"plan_bytes": len(FROM_1_TO_8)}
+    session._engine.device_memory_size = 4096
+    assert session.memory_figures()["context_device_bytes"] == 4096
+    session._engine.device_memory_size_v2 = 8192  # since TensorRT 10.1; the older one is then deprecated
+    assert session.memory_figures()["context_device_bytes"] == 8192
+
+
 def test_integers_are_narrowed_as_tensorrt_8_reads_them() -> None:
     session, _ = session_of(Cuda(), plan_for((1, 3), (2, 3), (8, 3), dtype="int32"))
     doubled(session, 2, "int64")

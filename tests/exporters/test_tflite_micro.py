@@ -384,3 +384,11 @@ def test_a_bare_file_runs_without_the_report_of_its_arena(exports: Exports, tmp_
         opened.set_inputs(samples(1)[0])
         opened.infer()
         assert opened.get_outputs()["output"].shape == (1, 10)
+
+
+def test_the_session_tells_the_arena_and_what_of_it_is_used(exports: Exports, tmp_path: Path) -> None:
+    shutil.copy(exports.artifact("image", "tflite_micro", "int8") / "model.tflite", tmp_path / "bare.tflite")
+    with tflite_micro.load(Artifact(tmp_path, "bare.tflite", "tflite_micro", "int8"), Workload()) as opened:
+        figures = opened.memory_figures()
+    assert figures["arena_total_bytes"] == figures["arena_head_bytes"] + figures["arena_tail_bytes"]
+    assert 0 < figures["arena_total_bytes"] <= figures["arena_bytes"]

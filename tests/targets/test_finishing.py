@@ -17,7 +17,7 @@ from portcall.exporters import get_backend
 from portcall.targets.agent import finishing
 from portcall.targets.agent.contract import Artifact, Backend, Workload
 from portcall.targets.agent.errors import CellFailed, UnsupportedError
-from portcall.targets.agent.jobs import ready
+from portcall.targets.agent.opening import ready
 from tests.conftest import ROOT
 
 ARTIFACT = Artifact(Path("/nowhere"), "model.onnx", "null", "fp32", identity="0123456789abcdef0")

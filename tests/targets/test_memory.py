@@ -97,3 +97,38 @@ def test_a_reset_that_is_refused_says_so(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setattr(memory, "METHOD", "VmHWM")
     monkeypatch.setattr(memory, "_PROC", tmp_path / "absent")
     assert memory.reset_peak() is False
+
+
+def test_an_exact_reading_and_what_the_counter_is_off_by() -> None:
+    found = memory.read()
+    assert found.method in ("smaps_rollup", "VmRSS", "ps")
+    if found.method != "smaps_rollup":
+        pytest.skip("no /proc/self/smaps_rollup here: run it on Linux 4.14 or newer")
+    assert found.pss_bytes is not None and found.private_bytes is not None
+    assert 0 < found.private_bytes <= found.rss_bytes
+    assert 0 < found.pss_bytes <= found.rss_bytes
+    assert found.counter_error_bytes is not None and abs(found.counter_error_bytes) < found.rss_bytes / 4
+
+
+def test_without_smaps_the_counter_is_read_and_the_rest_is_unknown(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "status").write_text("Name:\tx\nVmHWM:\t    2000 kB\nVmRSS:\t    1000 kB\n")
+    monkeypatch.setattr(memory, "_PROC", tmp_path)
+    assert memory.read() == memory.Reading(1000 * 1024, None, None, None, "VmRSS")
+
+
+def test_settling_gives_freed_heap_back() -> None:
+    code = (
+        "from portcall.targets.agent import memory\n"
+        "memory.settle()\n"
+        "before = memory.read().rss_bytes\n"
+        "small = [b'x' * 4096 for _ in range(5000)]; pin = b'y' * 4096; del small\n"
+        "can = memory.settle()\n"
+        "print(int(can), memory.read().rss_bytes - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, timeout=60)
+    can, grown = map(int, done.stdout.split())
+    if not can:
+        pytest.skip("this C library has no malloc_trim: run it with glibc")
+    assert grown < 4 * NEAR
