@@ -11,8 +11,9 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 demo: .venv/installed
 	$(BIN)/python -m examples.demo --seconds $(SECONDS_PER_CELL)
 
+# Two files at a time: most of a test is a worker of one thread.
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/installed
 	$(BIN)/ruff check .

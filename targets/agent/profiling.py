@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from statistics import fmean, median
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
-
-import numpy as np
 
 from portcall.targets.agent.contract import Artifact, Session, Workload
 from portcall.targets.agent.errors import UnsupportedError
@@ -92,8 +91,8 @@ def undisturbed(took_ns: Sequence[float]) -> List[int]:
     round small operators to 0 or 1; over the faster half, since one preempted operator must not carry the profile, and
     the same inferences for all operators, so that they add up to a whole.
     """
-    order = np.argsort(np.asarray(took_ns, np.float64), kind="stable")
-    return sorted(int(i) for i in order[: (len(took_ns) + 1) // 2])
+    order = sorted(range(len(took_ns)), key=took_ns.__getitem__)
+    return sorted(order[: (len(took_ns) + 1) // 2])
 
 
 def owner(constant: str) -> Optional[str]:
@@ -148,8 +147,8 @@ def profile(arguments: Mapping[str, Any], progress: Callable[[int, Optional[int]
         "unit": placed.unit,
         "method": placed.method,
         "inferences": len(took_ns),
-        "p50_ns": float(np.median(took_ns)),
-        "mean_ns": float(np.mean([took_ns[i] for i in kept])),
+        "p50_ns": float(median(took_ns)),
+        "mean_ns": fmean(took_ns[i] for i in kept),
         "operators": [o.to_json() for o in placed.operators],
         "counted": None if placed.counted is None else list(placed.counted),
         "notes": list(placed.notes),

@@ -66,6 +66,7 @@ LIGHT = {
     "portcall.targets.agent.contract",
     "portcall.targets.agent.errors",
     "portcall.targets.agent.probing",
+    "portcall.targets.agent.profiling",
 }
 
 # Stands in a fresh interpreter before the first import: MISSING modules are as if never installed, BROKEN ones
