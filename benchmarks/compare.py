@@ -1,7 +1,8 @@
 """``python -m benchmarks.compare``: how often ``portcall compare`` is wrong, and what it finds, measured.
 
 - ``record --condition quiet|load``: pairs of fresh processes of one artifact, as ``compare`` measures them, kept raw in
-  the folder: in turn A against A, against A slowed by 5 % and by 10 %. Resumable: it goes on where it was ended.
+  the folder: in turn A against A, against A slowed by 5 % and by 10 % (or --slowdowns). Resumable: it goes on where it
+  was ended, also with more --rounds.
 - ``replay``: many comparisons per condition and slow-down, each a contiguous block of recorded pairs in their order of
   time, judged by ``compare``'s own rules until its verdict is clear or its seconds are used up.
 - ``live``: comparisons from end to end, each of ``portcall.api.compare`` with its own new processes. Resumable.
@@ -84,7 +85,7 @@ def condition(name: str) -> Iterator[None]:
         process.wait()
 
 
-def record(folder: Path, artifact: Path, name: str, rounds: int) -> None:
+def record(folder: Path, artifact: Path, name: str, rounds: int, slowdowns: Sequence[float]) -> None:
     """Record *rounds* pairs of each slow-down, in turn; what is there already counts."""
     place = folder / "pairs" / name
     place.mkdir(parents=True, exist_ok=True)
@@ -94,7 +95,7 @@ def record(folder: Path, artifact: Path, name: str, rounds: int) -> None:
         for side in sides:
             prepare(bench, side, None)
         for number in range(rounds):
-            for slowdown in SLOWDOWNS:
+            for slowdown in slowdowns:
                 file = place / f"{slowdown:.2f}-{number:05d}.npz"
                 if file.exists():
                     continue
@@ -291,6 +292,7 @@ def main() -> None:
     parser.add_argument("--artifact", type=Path)
     parser.add_argument("--condition", choices=CONDITIONS, default="quiet")
     parser.add_argument("--rounds", type=int, default=300, help="record: pairs per slow-down")
+    parser.add_argument("--slowdowns", default="0,0.05,0.1", help="record: shares, of those three")
     parser.add_argument(
         "--count", type=int, default=2000, help="replay: comparisons each; coverage: how many"
     )
@@ -302,7 +304,8 @@ def main() -> None:
     if options.command in ("record", "live", "coverage"):
         artifact = (options.artifact or make_artifact(folder)).resolve()
         if options.command == "record":
-            record(folder, artifact, options.condition, options.rounds)
+            slowdowns = [float(share) for share in options.slowdowns.split(",")]
+            record(folder, artifact, options.condition, options.rounds, slowdowns)
         elif options.command == "live":
             live(folder, artifact, options.condition, [int(n) for n in options.live.split(",")])
         else:
