@@ -15,9 +15,11 @@ import numpy as np
 from portcall.bench.environment import difference
 from portcall.bench.passes import Bench, finish, read_memory
 from portcall.bench.sequential import fixed_interval
+from portcall.bench.statistics import samples_needed
 from portcall.bench.subject import Subject, find_inputs, open_subject
 from portcall.bench.verdict import (
     METRICS,
+    TAILS,
     Pair,
     Ratio,
     Verdict,
@@ -188,6 +190,8 @@ def measure_pair(bench: Bench, sides: Sequence[Side], options: CompareOptions, n
         "folder": str(folder),
         "turns_s": options.turns_s,
         "fewest": 5,
+        "inferences": samples_needed(TAILS[options.metric]) if options.metric in TAILS else 0,
+        "longest_s": options.budget_s / 10,
         "seed": number,
         "threads": options.workload.threads,
     }
@@ -219,7 +223,7 @@ def _ratio(
         if not np.isfinite(ratio.values).all():
             return None
     else:
-        found = percentile_ratio(pairs, {"p95": 0.95, "p99": 0.99}[metric])
+        found = percentile_ratio(pairs, TAILS[metric])
         if found is None:
             return None
         ratio = found
@@ -233,6 +237,17 @@ def _absent(metric: str, options: CompareOptions) -> str | None:
     if metric == "memory" and not options.memory:
         return "not measured"
     return None
+
+
+def _too_few(metric: str, ratio: Ratio | None, n: int, options: CompareOptions) -> str:
+    """Return why there is no ratio, or one without an interval."""
+    more = "allow more time with --max-time"
+    if metric in TAILS and metric != options.metric:
+        more = f"--metric {metric} takes more"
+    if ratio is None:
+        return f"n={n} inferences support no {metric}: {more}"
+    groups = f"groups of pairs that support {metric}" if metric in TAILS else "pairs"
+    return f"{len(ratio.values)} {groups} are too few for an interval: {more}"
 
 
 def _answer(
@@ -251,8 +266,8 @@ def _answer(
     for name in METRICS:
         reason = _absent(name, options)
         ratio = None if reason else _ratio(name, pairs, memory, options)
-        if ratio is None:
-            reason = reason or f"n={n} inferences support no {name}: allow more time with --max-time"
+        if reason is None and (ratio is None or ratio.interval is None):
+            reason = _too_few(name, ratio, n, options)
         metrics.append(metric_json(name, ratio, reason, options.margin, incomparable))
     base, candidate = (side.answers[-1]["environment"] for side in sides)
     return {

@@ -67,12 +67,12 @@ def _side(side: Mapping[str, Any]) -> str:
 def _row(metric: Mapping[str, Any]) -> list[str]:
     if metric["ratio"] is None:
         return [metric["name"], ABSENT, ABSENT, ABSENT, metric["reason"]]
-    interval = metric["ci"]
-    effect = metric["smallest_effect"]
+    interval, effect = metric["ci"], metric["smallest_effect"]
+    note = metric["reason"] or ""
     return [
         metric["name"],
         metric["verdict"],
         f"{metric['ratio']:.4f}",
         ABSENT if interval is None else f"{interval[0]:.4f}-{interval[1]:.4f}",
-        "" if effect is None else f"would have found {100 * effect:+.1f} %",
+        note if effect is None else f"would have found {100 * effect:+.1f} %",
     ]

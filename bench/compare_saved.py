@@ -12,10 +12,10 @@ import numpy as np
 from portcall.bench.environment import difference
 from portcall.bench.saved import FILE, ProcessSamples, SavedResult, load_results, names
 from portcall.bench.statistics import percentile, student_t_quantile, supported_percentile
-from portcall.bench.verdict import METRICS, Ratio, check_metric, metric_json, top_verdict
+from portcall.bench.verdict import METRICS, TAILS, Ratio, check_metric, metric_json, top_verdict
 from portcall.core import BadInput
 
-QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
+QUANTILES = {"p50": 0.5, **TAILS}
 ALIKE = ("batch", "threads", "shapes", "affinity", "priority", "spinning")
 """Settings of the workload that have to be the same on both sides."""
 

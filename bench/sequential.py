@@ -21,7 +21,7 @@ PRIOR = 5.0
 def sequential_interval(
     values: Sequence[float] | np.ndarray[Any, Any], level: float = 0.95, prior: float = PRIOR
 ) -> tuple[float, float] | None:
-    """Return the interval of the mean after these values; None while there is none (at least 3 values).
+    """Return the interval of the mean after these values; None while there is none (with fewer than 4).
 
     values: independent, of one normal distribution whose variance is unknown. Over all n together the chance that an
     interval misses the mean is at most 1 - level.
@@ -39,7 +39,7 @@ def sequential_interval(
 
 
 def sequential_half_width(n: int, level: float = 0.95, prior: float = PRIOR) -> float:
-    """Return the half width of ``sequential_interval`` after *n* values, in standard deviations; inf below 3."""
+    """Return the half width of ``sequential_interval`` after *n* values, in standard deviations; inf below 4."""
     if n < 3:
         return math.inf
     scale = 1 + n * prior

@@ -9,6 +9,9 @@
 - ``coverage``: live comparisons of a fixed number of pairs, A against A: how often the interval holds 1. Resumable.
 - ``report``: all of it, with exact binomial intervals.
 
+``--metric p95|p99|cpu`` with replay, live and report judges by another metric than P50, ``--max-time`` gives other
+seconds than 20. The recorded pairs are short ones, as for P50: live ones of P95 and P99 are longer, and find more.
+
 A is fp32 EfficientNet-Lite0 in ONNX Runtime (or --artifact), one thread: 4 to 10 ms on most machines. The slow-down is
 real work inside the timed region: after every inference the process computes on for that share of the time which this
 inference took. load: one process that computes without end on one core, so that of two cores one is left.
@@ -22,7 +25,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -36,7 +39,7 @@ from portcall.bench.compare import CompareOptions, measure_pair, open_side, prep
 from portcall.bench.passes import Bench
 from portcall.bench.report import align
 from portcall.bench.sequential import fixed_interval, sequential_interval
-from portcall.bench.verdict import Pair, Ratio, judge, p50_ratio
+from portcall.bench.verdict import Pair, Ratio, Verdict, judge, p50_ratio, percentile_ratio
 from portcall.progress import Reporter
 from portcall.targets import get_target
 from portcall.workspace import open_workspace
@@ -114,52 +117,71 @@ def _arrays(pair: Pair) -> list[Any]:
     return [pair.base, pair.candidate, pair.base_cpu, pair.candidate_cpu]
 
 
-def recorded(folder: Path, name: str, slowdown: float) -> tuple[list[float], list[float], int]:
-    """Return each pair's log ratio of P50 in the order of time, the seconds that it took, and P50 of the base in ns."""
-    values: list[float] = []
+def recorded(folder: Path, name: str, slowdown: float) -> tuple[list[Pair], list[float]]:
+    """Return the pairs in the order of time, and the seconds that each took."""
+    pairs: list[Pair] = []
     seconds: list[float] = []
-    levels: list[float] = []
     for file in sorted((folder / "pairs" / name).glob(f"{slowdown:.2f}-*[0-9].npz")):
         with np.load(file) as stored:
-            pair = Pair(*(stored[f"arr_{i}"] for i in range(4)))
+            pairs.append(Pair(*(stored[f"arr_{i}"] for i in range(4))))
             seconds.append(float(stored["seconds"]))
-        values += p50_ratio([pair]).values
-        levels.append(float(np.median(pair.base)))
-    return values, seconds, int(np.median(levels)) if levels else 0
+    return pairs, seconds
+
+
+def ratio_of(pairs: Sequence[Pair], metric: str) -> Callable[[Sequence[int]], Ratio | None]:
+    """Return what gives the ratio of *metric* over the pairs of some indices, as ``compare`` computes it."""
+    if metric in ("p95", "p99"):
+        return lambda chosen: percentile_ratio([pairs[i] for i in chosen], float(metric[1:]) / 100)
+    values = p50_ratio(pairs, cpu=metric == "cpu").values  # one per pair: computed once
+
+    def ratio(chosen: Sequence[int]) -> Ratio:
+        block = [values[i] for i in chosen]
+        return Ratio(block, sequential_interval(block))
+
+    return ratio
 
 
 def replayed(
-    values: Sequence[float], seconds: Sequence[float], start: int, options: CompareOptions
-) -> tuple[Ratio, float]:
+    ratio_over: Callable[[Sequence[int]], Ratio | None],
+    seconds: Sequence[float],
+    start: int,
+    options: CompareOptions,
+) -> tuple[Ratio | None, float]:
     """Compare with the recorded pairs from *start* on (the first follows the last); return the end and its seconds."""
-    order = [(start + i) % len(values) for i in range(len(values))]
+    order = [(start + i) % len(seconds) for i in range(len(seconds))]
     for n in range(1, len(order) + 1):
-        block = [values[i] for i in order[:n]]
         durations = [seconds[i] for i in order[:n]]
-        ratio = Ratio(block, sequential_interval(block))
+        ratio = ratio_over(order[:n])
         if should_stop(ratio, durations, sum(durations), options):
             break
     return ratio, sum(durations)
 
 
-def replay(folder: Path, count: int, seed: int) -> list[list[str]]:
+def replay(folder: Path, count: int, seed: int, asked: CompareOptions) -> list[list[str]]:
     """Replay *count* comparisons per condition and slow-down; return the table's rows."""
     rows = []
     for name in CONDITIONS:
         for slowdown in SLOWDOWNS:
-            values, seconds, p50 = recorded(folder, name, slowdown)
-            if len(values) < 2:
+            pairs, seconds = recorded(folder, name, slowdown)
+            if len(pairs) < 2:
                 continue
             rng = np.random.default_rng([seed, int(100 * slowdown)])
+            ratio_over = ratio_of(pairs, asked.metric)
             found, covers, took = [], 0, []
-            for start in rng.integers(0, len(values), count):
-                ratio, spent = replayed(values, seconds, int(start), OPTIONS)
-                found.append(judge(ratio, OPTIONS.margin).value)
-                low, high = ratio.interval or (-np.inf, np.inf)
+            for start in rng.integers(0, len(pairs), count):
+                ratio, spent = replayed(ratio_over, seconds, int(start), asked)
+                found.append((judge(ratio, asked.margin) if ratio else Verdict.INCONCLUSIVE).value)
+                low, high = (ratio and ratio.interval) or (-np.inf, np.inf)
                 covers += low <= np.log1p(slowdown) <= high
                 took.append(spent)
-            rows.append(_row(f"replayed {name}", slowdown, found, covers, took, 2 * len(values), p50))
+            p50 = float(np.median([np.median(pair.base) for pair in pairs]))
+            what = f"replayed {_condition(name, asked.metric)}"
+            rows.append(_row(what, slowdown, found, covers, took, 2 * len(pairs), p50))
     return rows
+
+
+def _condition(name: str, metric: str) -> str:
+    return name if metric == "p50" else f"{name}-{metric}"
 
 
 def _row(
@@ -205,7 +227,7 @@ def fixed_coverage(folder: Path, count: int, seed: int) -> list[str]:
     """Say how often fixed-sample intervals of *count* replayed A/A comparisons hold 1, for several sizes."""
     lines = []
     for name in CONDITIONS:
-        values, _, _ = recorded(folder, name, 0.0)
+        values = p50_ratio(recorded(folder, name, 0.0)[0]).values
         for pairs in (5, FIXED_PAIRS, 16, 30):
             if len(values) < pairs:
                 continue
@@ -223,16 +245,16 @@ def fixed_coverage(folder: Path, count: int, seed: int) -> list[str]:
     return lines
 
 
-def live(folder: Path, artifact: Path, name: str, counts: Sequence[int]) -> None:
+def live(folder: Path, artifact: Path, name: str, counts: Sequence[int], asked: CompareOptions) -> None:
     """Run comparisons from end to end, interleaved over slow-downs; what is there already counts."""
-    place = folder / "live" / name
+    place = folder / "live" / _condition(name, asked.metric)
     place.mkdir(parents=True, exist_ok=True)
     with condition(name):
         for number in range(max(counts)):
             for slowdown, count in zip(SLOWDOWNS, counts, strict=True):
                 file = place / f"{slowdown:.2f}-{number:05d}.json"
                 if number < count and not file.exists():
-                    options = replace(OPTIONS, slowdown=slowdown)
+                    options = replace(asked, slowdown=slowdown)
                     _save(file, portcall.compare(artifact, artifact, options=options))
 
 
@@ -253,16 +275,16 @@ def _save(file: Path, answer: Any) -> None:
     part.replace(file)
 
 
-def live_rows(folder: Path) -> list[list[str]]:
+def live_rows(folder: Path, metric: str) -> list[list[str]]:
     rows = []
-    for name in CONDITIONS:
+    for name in (_condition(n, metric) for n in CONDITIONS):
         for slowdown in SLOWDOWNS:
             files = sorted((folder / "live" / name).glob(f"{slowdown:.2f}-*.json"))
             answers = [json.loads(f.read_text()) for f in files]
             if not answers:
                 continue
-            primary = [next(m for m in a["metrics"] if m["name"] == "p50") for a in answers]
-            covers = sum(bool(m["ci"]) and m["ci"][0] <= 1 + slowdown <= m["ci"][1] for m in primary)
+            primary = [next(m for m in a["metrics"] if m["name"] == metric) for a in answers]
+            covers = sum(not m["ci"] or m["ci"][0] <= 1 + slowdown <= m["ci"][1] for m in primary)
             p50 = float(np.median([a["base"]["p50_ns"] for a in answers]))
             processes = sum(2 * a["pairs"] for a in answers)
             seconds = [a["seconds"] for a in answers]
@@ -297,24 +319,29 @@ def main() -> None:
         "--count", type=int, default=2000, help="replay: comparisons each; coverage: how many"
     )
     parser.add_argument("--live", default="40,20,20", help="live: comparisons per slow-down")
+    parser.add_argument("--metric", choices=["p50", "p95", "p99", "cpu"], default="p50", help="what judges")
+    parser.add_argument("--max-time", type=float, default=OPTIONS.budget_s, help="seconds of a comparison")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     folder = options.folder
     folder.mkdir(parents=True, exist_ok=True)
+    asked = replace(OPTIONS, metric=options.metric, budget_s=options.max_time)
     if options.command in ("record", "live", "coverage"):
         artifact = (options.artifact or make_artifact(folder)).resolve()
         if options.command == "record":
             slowdowns = [float(share) for share in options.slowdowns.split(",")]
             record(folder, artifact, options.condition, options.rounds, slowdowns)
         elif options.command == "live":
-            live(folder, artifact, options.condition, [int(n) for n in options.live.split(",")])
+            live(folder, artifact, options.condition, [int(n) for n in options.live.split(",")], asked)
         else:
             coverage(folder, artifact, options.count)
         return
-    rows = replay(folder, options.count, options.seed)
+    rows = replay(folder, options.count, options.seed, asked)
     if options.command == "report":
-        rows += live_rows(folder)
+        rows += live_rows(folder, options.metric)
     print(align(HEADER, rows, 2))
+    if options.metric != "p50":
+        return
     lines = fixed_coverage(folder, options.count, options.seed)
     print("\n".join([*lines, *(live_coverage(folder) if options.command == "report" else [])]))
 

@@ -47,7 +47,8 @@ def duet(arguments: Mapping[str, Any], progress: jobs.Progress) -> Dict[str, Any
 
     arguments: "sides": for each, "command" (interpreter and flags) and "job" of ``turns`` without its pipes;
     "agent_main", "package_root", "exporters_path": of every process; "folder": for its files; "turns_s": the time that
-    both take turns, at least *fewest* turns each; "seed": of the order of turns; where it is even the
+    both take turns, at least *fewest* turns each, and longer until each has *inferences*, but not beyond *longest_s*;
+    "seed": of the order of turns; where it is even the
     base starts first; "threads".
     Raises the error of the side that failed, its name in front.
     """
@@ -67,9 +68,13 @@ def duet(arguments: Mapping[str, Any], progress: jobs.Progress) -> Dict[str, Any
         # The same for both, whichever is slower.
         burst = min(MOST_INFERENCES, max(1, round(TURN_NS / max(typical_ns))))
         rng = random.Random(arguments["seed"])
-        stop = time.monotonic() + arguments["turns_s"]
+        begun = time.monotonic()
         turns = 0
-        while (turns < arguments["fewest"] or time.monotonic() < stop) and turns < MOST_TURNS:
+        while turns < MOST_TURNS:
+            lasted = time.monotonic() - begun
+            enough = lasted >= arguments["turns_s"] and turns >= arguments["fewest"]
+            if enough and (turns * burst >= arguments["inferences"] or lasted >= arguments["longest_s"]):
+                break
             for side in rng.sample(sides, len(sides)):
                 side.say(burst)
                 side.await_word()

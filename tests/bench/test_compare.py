@@ -83,6 +83,17 @@ def test_fixed_intervals_take_the_asked_for_pairs(short: Path) -> None:
     assert (answer["pairs"], answer["interval"], answer["stopped"]) == (4, "fixed-sample", "pairs")
 
 
+def test_judged_by_a_percentile_every_pair_supports_it(tmp_path: Path) -> None:
+    file = chain(tmp_path / "slow.onnx", 60)
+    options = replace(QUICK, turns_s=0.001, most_pairs=4)
+    by_p50, by_p95 = (
+        portcall.api.compare(file, file, options=replace(options, metric=name)) for name in ("p50", "p95")
+    )
+    assert by_p50["base"]["n"] < 4 * 59 <= by_p95["base"]["n"]
+    assert "--metric p95" in metric(by_p50, "p95")["reason"]
+    assert metric(by_p95, "p95")["ci"] is not None
+
+
 def test_the_budget_ends_it_undecided(portcall: Callable[..., Any], short: Path) -> None:
     done = portcall("compare", short, short, "--max-time", "0.1", "--margin", "0.01%", "--json")
     answer = json.loads(done.stdout)
