@@ -247,7 +247,7 @@ def _too_few(metric: str, ratio: Ratio | None, n: int, options: CompareOptions) 
     if ratio is None:
         return f"n={n} inferences support no {metric}: {more}"
     groups = f"groups of pairs that support {metric}" if metric in TAILS else "pairs"
-    return f"{len(ratio.values)} {groups} are too few for an interval: {more}"
+    return f"{groups}: {len(ratio.values)}, too few for an interval: {more}"
 
 
 def _answer(
