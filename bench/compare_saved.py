@@ -80,13 +80,14 @@ def _metric(name: str, sides: Sequence[SavedResult], margin: float, incomparable
         peaks = [side.number("memory", "peak_bytes") for side in sides]
         if peaks[0] is None or peaks[1] is None:
             return metric_json(name, None, "a side has no peak", margin, incomparable)
-        return metric_json(name, Ratio([math.log(peaks[1] / peaks[0])], None), None, margin, incomparable)
+        reason = "no interval: a bench saves one peak. Compare the artifacts themselves"
+        return metric_json(name, Ratio([math.log(peaks[1] / peaks[0])], None), reason, margin, incomparable)
     if name == "cpu" and (sides[0].get("workload", "threads") or 1) > 1:
         reason = "CPU time of several threads counts their waiting: judged with one thread only"
         return metric_json(name, None, reason, margin, incomparable)
     base, candidate = ([_value(name, p) for p in side.processes] for side in sides)
     if None in [*base, *candidate] or min(len(base), len(candidate)) < 2:
-        reason = f"needs 2 processes on either side, each with enough inferences for {name}"
+        reason = f"needs 2 --processes on either side, each with enough inferences for {name}: see bench --min-time"
         return metric_json(name, None, reason, margin, incomparable)
     logs = [np.log(np.asarray(values, np.float64)) for values in (base, candidate)]
     return metric_json(name, _welch(*logs), None, margin, incomparable)

@@ -17,6 +17,7 @@ from portcall.core import BadInput
 Array = np.ndarray[Any, Any]
 
 TAILS = {"p95": 0.95, "p99": 0.99}
+"""Metrics that are a percentile which a pair may be too short for."""
 
 METRICS = ("p50", *TAILS, "cpu", "memory")
 """What ``compare`` compares: percentiles of wall time, P50 of CPU time, the peak of resident memory."""

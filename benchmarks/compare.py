@@ -39,7 +39,7 @@ from portcall.bench.compare import CompareOptions, measure_pair, open_side, prep
 from portcall.bench.passes import Bench
 from portcall.bench.report import align
 from portcall.bench.sequential import fixed_interval, sequential_interval
-from portcall.bench.verdict import Pair, Ratio, Verdict, judge, p50_ratio, percentile_ratio
+from portcall.bench.verdict import TAILS, Pair, Ratio, Verdict, judge, p50_ratio, percentile_ratio
 from portcall.progress import Reporter
 from portcall.targets import get_target
 from portcall.workspace import open_workspace
@@ -130,8 +130,8 @@ def recorded(folder: Path, name: str, slowdown: float) -> tuple[list[Pair], list
 
 def ratio_of(pairs: Sequence[Pair], metric: str) -> Callable[[Sequence[int]], Ratio | None]:
     """Return what gives the ratio of *metric* over the pairs of some indices, as ``compare`` computes it."""
-    if metric in ("p95", "p99"):
-        return lambda chosen: percentile_ratio([pairs[i] for i in chosen], float(metric[1:]) / 100)
+    if metric in TAILS:
+        return lambda chosen: percentile_ratio([pairs[i] for i in chosen], TAILS[metric])
     values = p50_ratio(pairs, cpu=metric == "cpu").values  # one per pair: computed once
 
     def ratio(chosen: Sequence[int]) -> Ratio:
@@ -319,7 +319,7 @@ def main() -> None:
         "--count", type=int, default=2000, help="replay: comparisons each; coverage: how many"
     )
     parser.add_argument("--live", default="40,20,20", help="live: comparisons per slow-down")
-    parser.add_argument("--metric", choices=["p50", "p95", "p99", "cpu"], default="p50", help="what judges")
+    parser.add_argument("--metric", choices=["p50", *TAILS, "cpu"], default="p50", help="what judges")
     parser.add_argument("--max-time", type=float, default=OPTIONS.budget_s, help="seconds of a comparison")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

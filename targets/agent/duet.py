@@ -47,9 +47,8 @@ def duet(arguments: Mapping[str, Any], progress: jobs.Progress) -> Dict[str, Any
 
     arguments: "sides": for each, "command" (interpreter and flags) and "job" of ``turns`` without its pipes;
     "agent_main", "package_root", "exporters_path": of every process; "folder": for its files; "turns_s": the time that
-    both take turns, at least *fewest* turns each, and longer until each has *inferences*, but not beyond *longest_s*;
-    "seed": of the order of turns; where it is even the
-    base starts first; "threads".
+    both take turns, at least "fewest" turns each, and on until each has timed "inferences", but not beyond "longest_s";
+    "seed": of the order of turns; where it is even the base starts first; "threads".
     Raises the error of the side that failed, its name in front.
     """
     folder = Path(arguments["folder"])

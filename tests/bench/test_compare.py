@@ -15,6 +15,7 @@ from onnx import helper
 
 import portcall.api
 from portcall.bench.compare import CompareOptions
+from portcall.bench.compare_report import compare_table
 from portcall.core import BadInput, CellFailed, Workload
 from tests.exporters.graphs import write_onnx
 
@@ -85,13 +86,25 @@ def test_fixed_intervals_take_the_asked_for_pairs(short: Path) -> None:
 
 def test_judged_by_a_percentile_every_pair_supports_it(tmp_path: Path) -> None:
     file = chain(tmp_path / "slow.onnx", 60)
-    options = replace(QUICK, turns_s=0.001, most_pairs=4)
+    options = replace(QUICK, turns_s=0.001, most_pairs=6, fixed=True)
     by_p50, by_p95 = (
         portcall.api.compare(file, file, options=replace(options, metric=name)) for name in ("p50", "p95")
     )
-    assert by_p50["base"]["n"] < 4 * 59 <= by_p95["base"]["n"]
-    assert "--metric p95" in metric(by_p50, "p95")["reason"]
+    assert by_p50["base"]["n"] < 6 * 59 <= by_p95["base"]["n"]
+    assert "--metric p95 takes more" in metric(by_p50, "p95")["reason"]
     assert metric(by_p95, "p95")["ci"] is not None
+    p99 = metric(by_p95, "p99")  # all pairs together support it, once
+    assert (p99["ratio"] is not None, p99["ci"], p99["verdict"]) == (True, None, "inconclusive")
+    assert "groups of pairs that support p99: 1" in p99["reason"]
+    assert p99["reason"] in compare_table(by_p95)
+
+
+def test_a_pair_takes_no_more_than_its_share_of_the_budget(tmp_path: Path) -> None:
+    file = chain(tmp_path / "slow.onnx", 60)
+    options = replace(QUICK, metric="p99", turns_s=0.001, most_pairs=3, budget_s=2.0)
+    answer = portcall.api.compare(file, file, options=options)
+    assert answer["base"]["n"] < answer["pairs"] * 299
+    assert (answer["verdict"], metric(answer, "p99")["ci"]) == ("inconclusive", None)
 
 
 def test_the_budget_ends_it_undecided(portcall: Callable[..., Any], short: Path) -> None:

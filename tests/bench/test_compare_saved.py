@@ -90,7 +90,10 @@ def test_one_process_gives_no_interval(tmp_path: Path) -> None:
         bench(tmp_path / "a", drawn(1.0, 1, processes=1)), bench(tmp_path / "b", drawn(1.0, 2))
     )
     assert answer["verdict"] == "inconclusive"
-    assert "2 processes" in metric(answer, "p50")["reason"]
+    assert "2 --processes" in metric(answer, "p50")["reason"]
+    memory = metric(answer, "memory")
+    assert (memory["ratio"], memory["ci"]) == (1.0, None)
+    assert "one peak" in memory["reason"]
 
 
 def test_the_interval_is_welchs() -> None:
